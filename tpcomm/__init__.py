@@ -1,0 +1,38 @@
+"""Collectives for tensor parallelism: NCCL by ctypes, shared memory and gloo on CPU."""
+
+from tpcomm.communicator import (
+    DEFAULT_STAGING_BYTES,
+    CommStats,
+    Communicator,
+    OpStats,
+    ReduceOp,
+)
+from tpcomm.errors import (
+    CommAborted,
+    CommError,
+    CommTimeout,
+    CudaDriverError,
+    NcclError,
+    NcclNotFound,
+)
+from tpcomm.factory import BACKENDS, create_communicator, create_group_id
+from tpcomm.preflight import PathReport, preflight
+
+__all__ = [
+    "BACKENDS",
+    "DEFAULT_STAGING_BYTES",
+    "CommAborted",
+    "CommError",
+    "CommStats",
+    "CommTimeout",
+    "Communicator",
+    "CudaDriverError",
+    "NcclError",
+    "NcclNotFound",
+    "OpStats",
+    "PathReport",
+    "ReduceOp",
+    "create_communicator",
+    "create_group_id",
+    "preflight",
+]

@@ -1,0 +1,139 @@
+"""NCCL, with small messages taken by kernels over staging memory where every peer has access."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpcomm.communicator import ReduceOp, check_layout, check_reducible
+from tpcomm.cuda_driver import load_cuda_driver
+from tpcomm.errors import CommError, CommTimeout
+from tpcomm.nccl import NcclCommunicator
+from tpcomm.nccl_api import Nccl
+from tpcomm.paths import CommPath
+from tpcomm.staging import Staging, host_identity
+
+
+class StagedCommunicator(NcclCommunicator):
+    """all_reduce of at most `staging_bytes` goes through staging memory, larger ones to NCCL.
+
+    Every rank takes the same way: whether staging is there is agreed by NCCL when the group
+    forms, and nothing but `preflight`, which agrees too, changes it later. `staging_absent` says
+    why it is not used.
+    """
+
+    def __init__(
+        self,
+        nccl: Nccl,
+        unique_id: bytes,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        timeout_s: float,
+        staging_bytes: int,
+        name: str,
+    ) -> None:
+        super().__init__(nccl, unique_id, rank, world_size, device, timeout_s)
+        self.staging_absent = ""
+        self._staging: Staging | None = None
+        self._form_staging(staging_bytes, name)
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
+        staging = self._staging
+        if staging is None or not 0 < tensor.nbytes <= staging.limit_bytes:
+            return super().all_reduce(tensor, op)
+        check_layout(tensor, self.device)
+        check_reducible(tensor)
+        self._usable()
+        self.stats.all_reduce.add(tensor.nbytes)
+        return staging.all_reduce(tensor, op)
+
+    def abort(self) -> None:
+        """Free NCCL's kernels as NcclCommunicator does, and our own by their abort word."""
+        staging = self._staging
+        super().abort()
+        if staging is not None:
+            staging.abort()
+
+    def close(self) -> None:
+        """As NcclCommunicator; the staging memory is unmapped once all ranks are past a barrier.
+
+        After a failure it stays mapped until the process ends, since a peer may still use it.
+        """
+        super().close()
+        if self._staging is not None and not self._aborted.is_set() and not self._failed:
+            self._staging.close()
+            self._staging = None
+
+    def paths(self) -> list[CommPath]:
+        """`staged`, then `nccl`."""
+        staging = self._staging
+        if staging is None:
+            staged = CommPath("staged", self.device, None, absent=self.staging_absent)
+        else:
+            staged = CommPath(
+                "staged",
+                self.device,
+                staging.all_reduce,
+                max_bytes=staging.limit_bytes,
+                prepare=staging.compile,
+                wait=lambda timeout_s: self._wait_idle(timeout_s, "the staged all-reduce"),
+                rescue=self._rescue_staging,
+                switch_off=self._switch_staging_off,
+            )
+        return [staged, *super().paths()]
+
+    def _form_staging(self, staging_bytes: int, name: str) -> None:
+        """Make, exchange and map the buffers, agreeing after each step that no rank failed."""
+        self._staging = None
+        staging: Staging | None = None
+        reason = self._cannot_share(staging_bytes)
+        if not reason:
+            try:
+                staging = Staging(
+                    self.rank, self.world_size, self.device, staging_bytes, load_cuda_driver()
+                )
+            except CommError as error:
+                reason = str(error)
+        reason = self._agree(reason)
+        if not reason and staging is not None:
+            try:
+                staging.connect(name, self.timeout_s)
+            except CommError as error:
+                reason = str(error)
+            reason = self._agree(reason)
+        if reason and staging is not None:
+            staging.close()
+            staging = None
+        self._staging, self.staging_absent = staging, reason
+
+    def _cannot_share(self, staging_bytes: int) -> str:
+        """Why the ranks cannot share memory, as all of them see alike; empty if they may."""
+        own = torch.tensor([host_identity(), staging_bytes], dtype=torch.int64, device=self.device)
+        everyone = torch.empty((self.world_size, 2), dtype=torch.int64, device=self.device)
+        self._enqueue_all_gather(own, everyone)
+        self.wait_stream(self.timeout_s, "the exchange of host names")
+        hosts, sizes = everyone.t().tolist()
+        if len(set(sizes)) > 1:
+            return f"staging_bytes differ between ranks: {sizes}"
+        if len(set(hosts)) > 1:
+            return "the ranks are on different hosts"
+        return "" if staging_bytes > 0 else f"staging_bytes is {staging_bytes}"
+
+    def _agree(self, reason: str) -> str:
+        """This rank's reason, or that another rank has one; empty if nobody has. Collective."""
+        failed = torch.tensor([int(bool(reason))], dtype=torch.int32, device=self.device)
+        self._enqueue_all_reduce(failed, ReduceOp.MAX)
+        self.wait_stream(2 * self.timeout_s, "the agreement on staging")
+        return reason or ("another rank could not use it" if failed.item() else "")
+
+    def _rescue_staging(self, timeout_s: float) -> None:
+        """Let the kernels that hang fall through; the stream is idle afterwards."""
+        if self._staging is not None:
+            self._staging.abort()
+        if not self._stream_is_idle(timeout_s):
+            raise CommTimeout("a staged all-reduce did not end by its abort word")
+
+    def _switch_staging_off(self, reason: str) -> None:
+        # The memory stays mapped: a peer's kernel that was late may still write its flags here.
+        self._staging, self.staging_absent = None, reason

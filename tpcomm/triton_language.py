@@ -1,0 +1,37 @@
+"""The one place that imports Triton, which a CPU-only installation does not have."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tpcomm.errors import CommError
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+triton: Any = importlib.import_module("triton") if HAS_TRITON else None
+tl: Any = importlib.import_module("triton.language") if HAS_TRITON else None
+
+
+def require_triton() -> None:
+    """Raise CommError unless kernels can be launched."""
+    if not HAS_TRITON:
+        raise CommError(
+            "the Python package 'triton' is not installed; CUDA builds of torch bring it"
+        )
+
+
+def jit(*, varying: Sequence[str]) -> Callable[[Callable[..., Any]], Any]:
+    """Declare a kernel; without Triton the function stays as it is and must not be launched.
+
+    varying: arguments whose value must not select a specialised variant, lest a step compile.
+    """
+
+    def declare(function: Callable[..., Any]) -> Any:
+        if not HAS_TRITON:
+            return function
+        names = list(varying)
+        return triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(function)
+
+    return declare
