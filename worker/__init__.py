@@ -1,0 +1,1 @@
+"""Worker daemon: one per rank; weights shard, paged KV cache, sharded layers, sampler."""

@@ -1,0 +1,45 @@
+"""The one thread that touches the device, and the one that waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from worker.device import select_device
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class DeviceThread:
+    """Runs calls in order on one thread. Phases and commands go through the same queue.
+
+    CUDA's current device is a thread's own, so the thread selects `device` before its first call.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._executor = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix=name, initializer=select_device, initargs=(device,)
+        )
+
+    def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Queues a call; its error is in the future."""
+        return self._executor.submit(call, *args, **kwargs)
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Queues a call and awaits it without blocking the event loop."""
+        return await asyncio.wrap_future(self.submit(call, *args, **kwargs))
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Whether everything queued so far has ended within the limit."""
+        marker = asyncio.wrap_future(self.submit(lambda: None))
+        done, _ = await asyncio.wait([marker], timeout=timeout_s)
+        return bool(done)
+
+    def close(self) -> None:
+        """Drops what is queued and does not wait for what runs: the process is about to exit."""
+        self._executor.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,132 @@
+"""One Execute stream: commands in, reports out, the device in between.
+
+The event loop receives and sends; the device thread runs commands; the results thread waits for the
+device and packs. None waits for another but through a queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+
+import tpcomm
+from protos.lockstep.v1 import worker_pb2
+from worker.device_thread import DeviceThread
+from worker.errors import CommandRefused
+from worker.executor import PendingStep, StepExecutor
+from worker.metrics import WorkerMetrics
+from worker.rank import Rank
+from worker.result_message import step_result
+
+_LOG = logging.getLogger(__name__)
+PROGRESS_PERIOD_S = 0.1
+
+
+class ExecuteStream:
+    """Runs the commands of one epoch until the stream ends or something fails."""
+
+    def __init__(
+        self,
+        rank: Rank,
+        executor: StepExecutor,
+        device_thread: DeviceThread,
+        results_thread: DeviceThread,
+        metrics: WorkerMetrics,
+    ) -> None:
+        self._rank = rank
+        self._executor = executor
+        self._device_thread = device_thread
+        self._results_thread = results_thread
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._reports: asyncio.Queue[worker_pb2.ExecuteResponse] = asyncio.Queue()
+        self._last_progress = 0.0
+        self._last_step = 0
+        self._current = (0, 0)
+        self.last_error = ""
+
+    @property
+    def last_step(self) -> int:
+        """Last step that has ended on the device."""
+        return self._last_step
+
+    async def receive(self, requests: AsyncIterator[worker_pb2.ExecuteRequest]) -> None:
+        """Hands every command to the device thread, in order."""
+        async for request in requests:
+            ran = self._device_thread.submit(self._execute, request.command)
+            ran.add_done_callback(self._check)
+
+    async def reports(self) -> AsyncIterator[worker_pb2.ExecuteResponse]:
+        """What to send; ends after a failure."""
+        while True:
+            report = await self._reports.get()
+            yield report
+            if report.WhichOneof("report") == "failure":
+                return
+
+    def fail(self, message: str, *, is_refusal: bool = False) -> None:
+        """Ends the stream with a failure; the first one counts. Any thread."""
+        if self.last_error:
+            return
+        command_id, step = self._current
+        self.last_error = message
+        _LOG.error("command %d, step %d: %s", command_id, step, message)
+        failure = worker_pb2.RankFailure(
+            command_id=command_id, step=step, is_refusal=is_refusal, message=message
+        )
+        self._send(worker_pb2.ExecuteResponse(failure=failure))
+
+    def _execute(self, command: worker_pb2.StepCommand) -> None:
+        """On the device thread. After a failure nothing runs any more."""
+        if self.last_error:
+            return
+        self._current = (command.command_id, 0)
+        try:
+            steps = self._executor.execute(command)
+        except CommandRefused as refusal:
+            self.fail(str(refusal), is_refusal=True)
+            return
+        for pending in steps:
+            self._results_thread.submit(self._finish, pending).add_done_callback(self._check)
+        if command.step_count == 0:
+            self._results_thread.submit(self._send_progress, command.command_id, 0.0)
+
+    def _finish(self, pending: PendingStep) -> None:
+        """On the results thread: waits for a step and reports it."""
+        seconds = pending.wait()
+        self._last_step = pending.step
+        self._metrics.observe_step(seconds)
+        self._metrics.set_all_reduces(self._executor.num_all_reduces)
+        if self._rank.rank == 0:
+            result = step_result(pending, seconds, self._executor.num_all_reduces)
+            self._send(worker_pb2.ExecuteResponse(result=result))
+        elif time.monotonic() - self._last_progress >= PROGRESS_PERIOD_S:
+            self._send_progress(pending.command_id, seconds)
+
+    def _check(self, ran: Future[None]) -> None:
+        """Ends the epoch with the error of a step; in the thread that ran it."""
+        if ran.cancelled():
+            return
+        error = ran.exception()
+        if error is not None:
+            message = f"{type(error).__name__}: {error}"
+            # A collective that a peer's loss ended says it all by its message.
+            is_foreseen = isinstance(error, tpcomm.CommError)
+            _LOG.error("step failed: %s", message, exc_info=None if is_foreseen else error)
+            self.fail(message)
+
+    def _send_progress(self, command_id: int, seconds: float) -> None:
+        self._last_progress = time.monotonic()
+        progress = worker_pb2.RankProgress(
+            command_id=command_id,
+            step=self._last_step,
+            step_micros=round(seconds * 1e6),
+            all_reduce_count=self._executor.num_all_reduces,
+        )
+        self._send(worker_pb2.ExecuteResponse(progress=progress))
+
+    def _send(self, report: worker_pb2.ExecuteResponse) -> None:
+        self._loop.call_soon_threadsafe(self._reports.put_nowait, report)

@@ -1,0 +1,92 @@
+"""Prometheus metrics of one worker, on its own port, always on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Gauge, Histogram, start_http_server
+
+# Read from decimal text: products of powers of ten would be labels like 0.00030000000000000003.
+_STEP_BUCKETS_S = (
+    *(float(f"{base}e{power}") for power in range(-4, 1) for base in (1, 2, 3, 5, 7)),
+    10.0,
+)
+
+
+class WorkerMetrics:
+    """The registry and its server; a context manager that stops serving on exit.
+
+    Labels: model_name and rank. Rank is known from Hello on. Observations may come from any thread.
+    """
+
+    def __init__(self, model_name: str, host: str, port: int) -> None:
+        registry = CollectorRegistry()
+        labels = ["model_name", "rank"]
+        self._step = Histogram(
+            "lockstep_step_seconds",
+            "Time of a step on the device.",
+            [*labels, "phase"],
+            buckets=_STEP_BUCKETS_S,
+            registry=registry,
+        )
+        self._memory = Gauge(
+            "lockstep_memory_bytes", "Device memory by kind.", [*labels, "kind"], registry=registry
+        )
+        self._phase = Gauge(
+            "lockstep_worker_phase",
+            "Start-up phase: 1 started, 2 loaded, 3 joined, 4 captured, 5 ready, 6 failed.",
+            labels,
+            registry=registry,
+        )
+        self._all_reduces = Gauge(
+            "lockstep_all_reduces", "All-reduces run in this epoch.", labels, registry=registry
+        )
+        self._labels = {"model_name": model_name, "rank": "0"}
+        self._server: WSGIServer
+        self._thread: threading.Thread
+        self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+
+    @property
+    def port(self) -> int:
+        """The port in use."""
+        return int(self._server.server_port)
+
+    def set_rank(self, rank: int) -> None:
+        """Labels everything from now on with this rank."""
+        for metric in (self._step, self._memory, self._phase, self._all_reduces):
+            metric.clear()
+        self._labels = {**self._labels, "rank": str(rank)}
+
+    def set_phase(self, phase: int) -> None:
+        """Shows how far start-up has come."""
+        self._phase.labels(**self._labels).set(phase)
+
+    def set_memory(self, by_kind: Mapping[str, int]) -> None:
+        """Shows the memory ledger, bytes by kind."""
+        for kind, num_bytes in by_kind.items():
+            self._memory.labels(**self._labels, kind=kind).set(num_bytes)
+
+    def observe_step(self, seconds: float) -> None:
+        """Counts a step."""
+        self._step.labels(**self._labels, phase="device").observe(seconds)
+
+    def set_all_reduces(self, count: int) -> None:
+        """Shows the all-reduces of this epoch."""
+        self._all_reduces.labels(**self._labels).set(count)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=5)

@@ -1,0 +1,1 @@
+"""Models described by data: one transformer, a small declaration per family."""

@@ -1,0 +1,112 @@
+"""The operations a model is made of, as one value: references on CPU, Triton kernels on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from worker.cpu_packing import packed_linear
+from worker.forward_batch import PrefillChunks
+from worker.kernels import (
+    decode_attention,
+    embedding,
+    linear,
+    norm,
+    prefill_attention,
+    qk_norm_rope_store,
+    silu_mul,
+)
+from worker.kernels.triton_language import require_triton
+
+
+class QkNormRopeStore(Protocol):
+    def __call__(
+        self,
+        qkv: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        cos_sin: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+    ) -> Tensor: ...
+
+
+class DecodeAttention(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        slots: Tensor,
+        lens: Tensor,
+        scale: float,
+        q_per_kv: int,
+        q_offset: int,
+    ) -> Tensor: ...
+
+
+class PrefillAttention(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        chunks: PrefillChunks,
+        scale: float,
+        q_per_kv: int,
+        q_offset: int,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The contract of each is the docstring of its reference in `worker.kernels`."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    qk_norm_rope_store: QkNormRopeStore
+    decode_attention: DecodeAttention
+    prefill_attention: PrefillAttention
+    silu_mul: Callable[[Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    embedding: Callable[[Tensor, Tensor, int, int], Tensor]
+
+
+def cpu_ops() -> Ops:
+    """The plain torch references; they run on any device and are what the kernels must equal."""
+    return Ops(
+        rms_norm=norm.rms_norm_reference,
+        add_rms_norm=norm.add_rms_norm_reference,
+        qk_norm_rope_store=qk_norm_rope_store.qk_norm_rope_store_reference,
+        decode_attention=decode_attention.decode_attention_reference,
+        prefill_attention=prefill_attention.prefill_attention_reference,
+        silu_mul=silu_mul.silu_mul_reference,
+        linear=packed_linear,
+        embedding=embedding.embedding_reference,
+    )
+
+
+def cuda_ops() -> Ops:
+    """The Triton kernels. Raises TritonNotFound where Triton is not installed."""
+    require_triton()
+    return Ops(
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        qk_norm_rope_store=qk_norm_rope_store.qk_norm_rope_store,
+        decode_attention=decode_attention.decode_attention,
+        prefill_attention=prefill_attention.prefill_attention,
+        silu_mul=silu_mul.silu_mul,
+        linear=linear.linear,
+        embedding=embedding.embedding,
+    )

@@ -1,0 +1,240 @@
+"""One rank's start-up, phase by phase: weights, group, graphs, KV cache.
+
+Each phase may be entered again: a new epoch keeps weights that were loaded with the same settings.
+All methods but `abort` run on the device thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import tpcomm
+from protos.lockstep.v1 import worker_pb2
+from worker.config import WorkerConfig
+from worker.cpu_packing import can_pack
+from worker.device_memory import DeviceMemory
+from worker.device_tables import DeviceTables
+from worker.errors import PhaseError
+from worker.executor import StepExecutor
+from worker.kv_cache import KvCache, KvLayout, fitting_blocks, kv_layout
+from worker.model_runner import ModelRunner
+from worker.models.spec import ModelSpec
+from worker.models.transformer import Transformer
+from worker.ops import cpu_ops, cuda_ops
+from worker.sampling.tables import SlotSampling
+from worker.sharding import ShardSpec, make_shard_spec
+from worker.step_graphs import StepGraphs
+from worker.tables import BatchTables, TableLimits
+from worker.warm_up import warm_up
+from worker.weight_layout import TransformerWeights
+from worker.weights import LoadReport, load_weights
+
+_LOG = logging.getLogger(__name__)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CPU_PROBE_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What outlives an epoch."""
+
+    config: worker_pb2.EngineConfig
+    shard: ShardSpec
+    weights: TransformerWeights
+    report: LoadReport
+
+
+class Rank:
+    """The state of one rank. `phase` says how far it has come."""
+
+    def __init__(self, config: WorkerConfig, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.device = torch.device(config.device)
+        self.memory = DeviceMemory(self.device)
+        self.phase = worker_pb2.WORKER_PHASE_STARTED
+        self.rank = 0
+        self.world_size = 1
+        self.comm: tpcomm.Communicator | None = None
+        self.executor: StepExecutor | None = None
+        self._config = config
+        self._loaded: LoadedModel | None = None
+        self._runner: ModelRunner | None = None
+        self._graphs: StepGraphs | None = None
+
+    def load(
+        self, config: worker_pb2.EngineConfig, progress: Callable[[int, int], None]
+    ) -> LoadedModel:
+        """Loads this rank's shard, or keeps it when nothing about it has changed."""
+        shard = make_shard_spec(self.spec, self.rank, self.world_size)
+        loaded = self._loaded
+        if loaded is None or loaded.config != config or loaded.shard != shard:
+            self._loaded = None  # frees the old weights before the new ones are allocated
+            with self.memory.counted("weights"):
+                weights, report = load_weights(
+                    self._config.model,
+                    self.spec,
+                    shard,
+                    dtype=_DTYPES[config.dtype],
+                    device=self.device,
+                    load_format="dummy" if config.load_format == "dummy" else "safetensors",
+                    progress=progress,
+                    pack=can_pack(_DTYPES[config.dtype], self.device),
+                )
+            if self.device.type == "cpu":
+                self.memory.by_kind["weights"] = (
+                    report.num_parameters * _DTYPES[config.dtype].itemsize
+                )
+            self._loaded = loaded = LoadedModel(config, shard, weights, report)
+        self.phase = worker_pb2.WORKER_PHASE_LOADED
+        return loaded
+
+    def create_group_id(self) -> bytes:
+        """The communicator id, made in this process, which the others will dial."""
+        config = self._need_loaded().config
+        return tpcomm.create_group_id(config.comm, nccl_path=self._config.nccl_path or None)
+
+    def join(self, group_id: bytes, timeout_s: float) -> float:
+        """Becomes part of the group; returns the seconds it took. Collective."""
+        loaded = self._need_loaded()
+        started = time.monotonic()
+        with self.memory.counted("comm"):
+            self.comm = tpcomm.create_communicator(
+                loaded.config.comm,
+                group_id,
+                self.rank,
+                self.world_size,
+                self.device,
+                timeout_s,
+                nccl_path=self._config.nccl_path or None,
+            )
+        self.phase = worker_pb2.WORKER_PHASE_JOINED
+        return time.monotonic() - started
+
+    def preflight(self, timeout_s: float) -> list[worker_pb2.PathReport]:
+        """Checks every communication path. Collective."""
+        return [
+            worker_pb2.PathReport(path=report.path, is_usable=report.usable, detail=report.detail)
+            for report in tpcomm.preflight(self._need_comm(), timeout_s)
+        ]
+
+    def capture(self) -> worker_pb2.CaptureResponse:
+        """Builds tables, warms up, captures graphs and says what KV cache fits. Collective."""
+        loaded, comm = self._need_loaded(), self._need_comm()
+        config = loaded.config
+        started = time.monotonic()
+        layout = self.kv_layout()
+        kv_cache = KvCache(layout, self.device, self._most_blocks(layout, config))
+        kv_cache.grow(1 if self.device.type == "cuda" else _CPU_PROBE_BLOCKS)
+        with self.memory.counted("tables"):
+            runner = self._make_runner(loaded, comm, kv_cache)
+        self._runner = runner
+        with self.memory.counted("workspace"):
+            warm_up(runner, config)
+        if self.device.type == "cuda" and config.use_graphs:
+            with self.memory.counted("graphs"):
+                self._graphs = StepGraphs(runner, config)
+                self._graphs.capture()
+        self.phase = worker_pb2.WORKER_PHASE_CAPTURED
+        return worker_pb2.CaptureResponse(
+            padded_sizes=self._graphs.decode.sizes if self._graphs else [],
+            seconds=time.monotonic() - started,
+            max_block_count=self._fitting_blocks(layout, config),
+            memory_bytes=self.memory.by_kind,
+        )
+
+    def init_kv_cache(self, num_blocks: int, epoch: int) -> int:
+        """Takes the agreed number of blocks; returns their bytes. Commands may come now."""
+        runner, config = self._need_runner(), self._need_loaded().config
+        runner.kv_cache.grow(num_blocks)
+        self.memory.by_kind["kv"] = runner.kv_cache.num_bytes
+        limits = TableLimits(
+            max_num_seqs=config.max_num_seqs,
+            max_batch_tokens=config.max_batch_tokens,
+            max_blocks_per_seq=_blocks_per_seq(config),
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            vocab_size=self.spec.vocab_size,
+        )
+        self.executor = StepExecutor(epoch, BatchTables(limits), runner, self._graphs)
+        self.phase = worker_pb2.WORKER_PHASE_READY
+        return runner.kv_cache.num_bytes
+
+    def reset(self) -> None:
+        """Leaves the epoch: drops group, graphs and KV cache, keeps the weights."""
+        self.executor = None
+        self._graphs = None
+        if self._runner is not None:
+            self._runner.kv_cache.close()
+            self._runner = None
+        if self.comm is not None:
+            self.comm.close()
+            self.comm = None
+        self.phase = (
+            worker_pb2.WORKER_PHASE_LOADED if self._loaded else worker_pb2.WORKER_PHASE_STARTED
+        )
+
+    def abort(self) -> None:
+        """Frees a device thread that hangs in a collective. Any thread; never blocks."""
+        if self.comm is not None:
+            self.comm.abort()
+
+    def kv_layout(self) -> KvLayout:
+        """Sizes of this rank's KV blocks."""
+        loaded = self._need_loaded()
+        dtype = _DTYPES[loaded.config.dtype]
+        return kv_layout(self.spec, loaded.shard, loaded.config.block_size, dtype)
+
+    def _make_runner(
+        self, loaded: LoadedModel, comm: tpcomm.Communicator, kv_cache: KvCache
+    ) -> ModelRunner:
+        config, shard = loaded.config, loaded.shard
+        ops = cuda_ops() if self.device.type == "cuda" else cpu_ops()
+        return ModelRunner(
+            model=Transformer(
+                self.spec, shard, loaded.weights, comm, ops, max_position=config.max_model_len
+            ),
+            kv_cache=kv_cache,
+            tables=DeviceTables(
+                config.max_num_seqs, _blocks_per_seq(config), config.block_size, self.device
+            ),
+            sampling=SlotSampling(
+                config.max_num_seqs + 1, shard.padded_vocab, shard.vocab_start, self.device
+            ),
+            comm=comm,
+        )
+
+    def _most_blocks(self, layout: KvLayout, config: worker_pb2.EngineConfig) -> int:
+        """Blocks worth of addresses to reserve: what the whole device could hold."""
+        useful = config.max_num_seqs * _blocks_per_seq(config) + 1
+        return max(2, min(useful, self.memory.total_bytes // layout.block_bytes))
+
+    def _fitting_blocks(self, layout: KvLayout, config: worker_pb2.EngineConfig) -> int:
+        most = self._most_blocks(layout, config)
+        if config.kv_cache_bytes:
+            return min(most, fitting_blocks(config.kv_cache_bytes, 0, layout))
+        free, reserve = self.memory.kv_budget(config.gpu_memory_fraction, self.world_size)
+        return min(most, fitting_blocks(free, reserve, layout))
+
+    def _need_loaded(self) -> LoadedModel:
+        if self._loaded is None:
+            raise PhaseError("the weights are not loaded; call Load first")
+        return self._loaded
+
+    def _need_comm(self) -> tpcomm.Communicator:
+        if self.comm is None:
+            raise PhaseError("this rank is in no group; call Join first")
+        return self.comm
+
+    def _need_runner(self) -> ModelRunner:
+        if self._runner is None:
+            raise PhaseError("nothing is captured; call Capture first")
+        return self._runner
+
+
+def _blocks_per_seq(config: worker_pb2.EngineConfig) -> int:
+    return -(-config.max_model_len // config.block_size)

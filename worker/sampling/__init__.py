@@ -1,0 +1,32 @@
+"""Exact sampling over vocabulary shards, without gathering the logits."""
+
+from __future__ import annotations
+
+from worker.sampling.counts import add_outputs, mark_chunk, mark_prompt, update_counts
+from worker.sampling.params import (
+    MAX_ALTERNATIVES,
+    MAX_STOP_IDS,
+    SamplePlan,
+    SampleVariant,
+    SlotParams,
+    plan_sample,
+)
+from worker.sampling.sampler import SampleOutput, sample
+from worker.sampling.tables import SlotSampling, is_stop
+
+__all__ = [
+    "MAX_ALTERNATIVES",
+    "MAX_STOP_IDS",
+    "SampleOutput",
+    "SamplePlan",
+    "SampleVariant",
+    "SlotParams",
+    "SlotSampling",
+    "add_outputs",
+    "is_stop",
+    "mark_chunk",
+    "mark_prompt",
+    "plan_sample",
+    "sample",
+    "update_counts",
+]
