@@ -1,0 +1,1 @@
+"""The coordinator: engine (queue, scheduler, ranks) and frontends (public API, text)."""

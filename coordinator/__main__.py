@@ -1,0 +1,63 @@
+"""The coordinator daemon: `python -m coordinator`."""
+
+import asyncio
+import os
+import sys
+
+import uvloop
+
+from coordinator.config import CoordinatorConfig, coordinator_config
+from coordinator.engine import Engine
+from coordinator.errors import BadCheckpoint, StartRefused
+from coordinator.metrics import EngineMetrics, MetricsServer
+from coordinator.model_config import ModelConfig, read_model_config, table_width
+from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.flags import FlagError
+from lockstep.daemon.logs import configure_logging
+from lockstep.daemon.model_digest import ModelDirError, model_digest
+
+
+def main(argv: list[str]) -> int:
+    """Runs a coordinator until it is told to go; returns its exit code."""
+    try:
+        config = coordinator_config(argv, os.environ)
+        configure_logging(config.log_format, "coordinator")
+        digest = model_digest(config.model)
+        model = read_model_config(config.model)
+        table_width(config, model)
+    except FlagError as error:
+        return _stop(ExitCode.CONFIG, error)
+    except (ModelDirError, BadCheckpoint) as error:
+        return _stop(ExitCode.CHECKPOINT, error)
+    except StartRefused as error:
+        return _stop(error.exit_code, error)
+    metrics = EngineMetrics(config.served_model_name)
+    try:
+        server = MetricsServer(metrics, "127.0.0.1", config.metrics_port)
+    except OSError as error:
+        return _stop(ExitCode.ADDRESS, f"--metrics-port {config.metrics_port}: {error}")
+    with server:
+        return _run(config, model, digest, metrics, server.port)
+
+
+def _run(
+    config: CoordinatorConfig,
+    model: ModelConfig,
+    digest: str,
+    metrics: EngineMetrics,
+    metrics_port: int,
+) -> int:
+    async def run() -> int:
+        return await Engine(config, model, digest, metrics, metrics_port).run()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
+
+
+def _stop(code: ExitCode, reason: object) -> int:
+    print(f"coordinator: {reason}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

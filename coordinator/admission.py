@@ -1,0 +1,126 @@
+"""May a request enter the queue? Reads a Submit into a Request, or says why not."""
+
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+
+from coordinator.errors import CoordinatorError
+from coordinator.request import Request, Sampling
+from protos.lockstep.v1 import engine_pb2
+
+_MAX_STOP_IDS = 16
+_MAX_LOGPROBS = 20
+# A parameter outside these is refused by the ranks, and a refused command costs the whole group.
+_RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-6, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "min_tokens": (0, 2**31 - 1),
+}
+
+
+class Refused(CoordinatorError):
+    """A request does not enter the queue; `reason` is a metric's label."""
+
+    def __init__(
+        self, status: grpc.StatusCode, reason: str, message: str, retry_after_s: float = 0.0
+    ) -> None:
+        self.status = status
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What the group can take; `num_blocks` counts the dummy."""
+
+    max_model_len: int
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+
+
+def read_submit(
+    submit: engine_pb2.Submit, frontend: int, order: int, limits: ModelLimits
+) -> Request:
+    """The request's record; raises Refused with INVALID_ARGUMENT naming field, value and limit.
+
+    Frontends validate first, with better words and before tokenising; what is repeated here is what
+    would otherwise reach the ranks.
+    """
+    params = submit.sampling_params
+    stop_ids = tuple(_token_ids(submit.stop_ids, "stop_ids", limits.vocab_size).tolist())
+    _require(len(stop_ids) <= _MAX_STOP_IDS, f"{len(stop_ids)} stop ids; at most {_MAX_STOP_IDS}")
+    resumed = _token_ids(submit.resume_output_ids, "resume_output_ids", limits.vocab_size)
+    num_logprobs = params.logprobs if params.HasField("logprobs") else -1
+    _require(num_logprobs <= _MAX_LOGPROBS, f"logprobs {num_logprobs} is above {_MAX_LOGPROBS}")
+    request = Request(
+        order=order,
+        frontend=frontend,
+        handle=submit.handle,
+        request_id=submit.request_id,
+        prompt_ids=_token_ids(submit.prompt_ids, "prompt", limits.vocab_size),
+        max_tokens=params.max_tokens,
+        sampling=Sampling(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=params.seed,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            min_tokens=params.min_tokens,
+            stop_ids=stop_ids,
+            num_logprobs=num_logprobs,
+        ),
+        arrival_time=submit.arrival_time,
+        output_ids=resumed.tolist(),
+    )
+    _check_sampling(request.sampling)
+    _check_lengths(request, limits)
+    return request
+
+
+def _token_ids(packed: bytes, field: str, vocab_size: int) -> np.ndarray:
+    _require(len(packed) % 4 == 0, f"{field} holds {len(packed)} bytes, not whole int32")
+    token_ids = np.frombuffer(packed, dtype="<i4")
+    outside = token_ids[(token_ids < 0) | (token_ids >= vocab_size)].tolist()
+    _require(not outside, f"{field} holds ids {outside[:1]}; ids are in [0, {vocab_size})")
+    return token_ids
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    for field, (low, high) in _RANGES.items():
+        value = getattr(sampling, field)
+        # Written so that NaN is outside.
+        _require(low <= value <= high, f"{field} is {value:g}; it must be {low:g} to {high:g}")
+
+
+def _check_lengths(request: Request, limits: ModelLimits) -> None:
+    _require(request.prompt_len > 0, "the prompt is empty; it must hold at least one token")
+    _require(request.max_tokens >= 1, f"max_tokens is {request.max_tokens}; it must be at least 1")
+    total = request.prompt_len + request.max_tokens
+    _require(
+        total <= limits.max_model_len,
+        f"prompt ({request.prompt_len}) and max_tokens ({request.max_tokens}) make {total} tokens; "
+        f"the context holds {limits.max_model_len}",
+    )
+    num_needed = -(-request.final_limit // limits.block_size)
+    num_usable = limits.num_blocks - 1
+    _require(
+        num_needed <= num_usable,
+        f"the request could never fit: {total} tokens need {num_needed} KV blocks of "
+        f"{limits.block_size}, there are {num_usable}",
+    )
+
+
+def _require(is_met: bool, message: str) -> None:
+    if not is_met:
+        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "invalid_argument", message)

@@ -1,0 +1,122 @@
+"""The coordinator's settings: flags, environment, file - read once, checked once, passed down."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from lockstep.daemon.flags import (
+    Flag,
+    FlagError,
+    byte_size,
+    choice,
+    float_between,
+    int_at_least,
+    on_off,
+    parse_flags,
+    positive_int,
+    tcp_port,
+)
+
+# Settings that daemons share a file and an environment for, but that are not ours.
+ELSEWHERE = frozenset({"tp", "devices", "device", "num-threads", "nccl-path"})
+
+
+def _addresses(text: str) -> tuple[str, ...]:
+    addresses = tuple(part.strip() for part in text.split(","))
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError("want host:port,host:port,... in order of rank")
+    if len(set(addresses)) != len(addresses):
+        raise ValueError("one address stands for two ranks")
+    return addresses
+
+
+def _path(text: str) -> Path:
+    return Path(text)
+
+
+_TIMEOUT = float_between(0.1, 86400.0)
+
+FLAGS = (
+    Flag("model", _path, None, "checkpoint folder"),
+    Flag("served-model-name", str, "", "name clients use; default: the folder's name"),
+    Flag("workers", _addresses, (), "host:port of each worker, in order of rank"),
+    Flag("dtype", choice("auto", "float32", "bfloat16", "float16"), "auto", "of weights and cache"),
+    Flag("max-model-len", int_at_least(0), 0, "longest prompt + output; 0: what fits"),
+    Flag("max-num-seqs", positive_int, 256, "most requests in the batch"),
+    Flag("max-batch-tokens", positive_int, 2048, "most tokens in a step"),
+    Flag("block-size", positive_int, 16, "tokens in a KV block"),
+    Flag("kv-cache-bytes", byte_size, 0, "KV cache of one rank; 0: from free memory"),
+    Flag("gpu-memory-fraction", float_between(0.01, 1.0), 0.9, "share of GPU memory to use"),
+    Flag("load-format", choice("safetensors", "dummy"), "safetensors", "dummy: random weights"),
+    Flag("comm", choice("auto", "nccl", "shm", "gloo"), "auto", "how ranks talk to each other"),
+    Flag("prefix-cache", on_off, False, "on is not implemented in this version"),
+    Flag("use-graphs", on_off, True, "capture steps as CUDA graphs"),
+    Flag("step-timeout", _TIMEOUT, 30.0, "seconds after which a silent rank is lost"),
+    Flag("startup-timeout", _TIMEOUT, 600.0, "seconds for the ranks to come up"),
+    Flag("drain-seconds", float_between(0.0, 86400.0), 30.0, "seconds requests get on SIGTERM"),
+    Flag("host", str, "127.0.0.1", "address to serve on"),
+    Flag("port", tcp_port, 50051, "gRPC port; 0: any"),
+    Flag("metrics-port", tcp_port, 9851, "Prometheus port; 0: any"),
+    Flag("max-queue-requests", positive_int, 1024, "most requests that wait"),
+    Flag("num-frontends", positive_int, 1, "processes that serve the public API"),
+    Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
+    Flag("ready-file", str, "", "file to write once requests can be answered"),
+)
+
+
+@dataclass(frozen=True)
+class CoordinatorConfig:
+    """Settings of the coordinator; see FLAGS for their meaning. Times in seconds."""
+
+    model: Path
+    served_model_name: str
+    workers: tuple[str, ...]
+    dtype: str = "auto"
+    max_model_len: int = 0
+    max_num_seqs: int = 256
+    max_batch_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_bytes: int = 0
+    gpu_memory_fraction: float = 0.9
+    load_format: str = "safetensors"
+    comm: str = "auto"
+    prefix_cache: bool = False
+    use_graphs: bool = True
+    step_timeout: float = 30.0
+    startup_timeout: float = 600.0
+    drain_seconds: float = 30.0
+    host: str = "127.0.0.1"
+    port: int = 50051
+    metrics_port: int = 9851
+    max_queue_requests: int = 1024
+    num_frontends: int = 1
+    log_format: str = "text"
+    ready_file: str = ""
+
+    def __post_init__(self) -> None:
+        if self.prefix_cache:
+            raise FlagError("--prefix-cache on: this version has no prefix cache; use off")
+        if not self.workers:
+            raise FlagError("--workers is missing; it wants host:port of each worker by rank")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise FlagError(
+                f"--max-batch-tokens {self.max_batch_tokens} is below --max-num-seqs "
+                f"{self.max_num_seqs}: every running request takes a token in each step; "
+                f"lower --max-num-seqs or raise --max-batch-tokens"
+            )
+
+    @property
+    def world_size(self) -> int:
+        return len(self.workers)
+
+
+def coordinator_config(argv: Sequence[str], environ: Mapping[str, str]) -> CoordinatorConfig:
+    """Reads the settings; raises FlagError."""
+    values = parse_flags("coordinator", FLAGS, argv, environ, ELSEWHERE)
+    if values["model"] is None:
+        raise FlagError("--model is missing; it wants a checkpoint folder")
+    values["served_model_name"] = values["served_model_name"] or values["model"].resolve().name
+    assert {flag.dest for flag in FLAGS} == {item.name for item in fields(CoordinatorConfig)}
+    return CoordinatorConfig(**values)

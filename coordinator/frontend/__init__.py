@@ -1,0 +1,1 @@
+"""The frontend: validation, tokenising, chat templates, detokenising and client streams."""

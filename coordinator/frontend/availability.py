@@ -1,0 +1,54 @@
+"""Whether this frontend may take a request, and what it knows of the group behind it."""
+
+from coordinator.frontend.errors import Draining, NotReady
+from coordinator.frontend.health import HealthService
+from protos.lockstep.v1 import engine_pb2, generate_pb2
+
+
+class Availability:
+    """The engine's last word on the group, mirrored into health. Runs on the event loop."""
+
+    def __init__(self, health: HealthService) -> None:
+        self._health = health
+        self._state = engine_pb2.GroupState(cause="the coordinator is starting")
+        self._is_draining = False
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt + output, in tokens; 0 while unknown."""
+        return self._state.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are in [0, vocab_size); 0 while unknown."""
+        return self._state.vocab_size
+
+    @property
+    def server_response(self) -> generate_pb2.GetServerInfoResponse:
+        """What GetServerInfo answers, readiness included."""
+        response = generate_pb2.GetServerInfoResponse()
+        response.CopyFrom(self._state.server)
+        response.is_ready = self._state.is_ready and not self._is_draining
+        return response
+
+    def update(self, state: engine_pb2.GroupState) -> None:
+        """Takes over a message of the engine."""
+        self._state = state
+        self._health.set_ready(state.is_ready and not self._is_draining)
+        self._health.set_ranks({rank.rank: rank.is_up for rank in state.server.ranks})
+
+    def start_draining(self) -> None:
+        """Readiness off, for good."""
+        self._is_draining = True
+        self._health.set_ready(False)
+
+    def lose_engine(self, cause: str) -> None:
+        """Readiness off: nobody is left to say when it could be on again."""
+        self.update(engine_pb2.GroupState(cause=cause, server=self._state.server))
+
+    def require_ready(self) -> None:
+        """Raises Draining or NotReady."""
+        if self._is_draining:
+            raise Draining("the server is stopping and takes no new requests")
+        if not self._state.is_ready:
+            raise NotReady(f"the server cannot answer now: {self._state.cause or 'no cause given'}")

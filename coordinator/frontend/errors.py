@@ -1,0 +1,37 @@
+"""Why a frontend ends a call, beside BadRequest and TextUnavailable.
+
+    CoordinatorError
+        NotReady                the group cannot answer now
+        Draining                this coordinator is stopping
+        EngineLost              the engine process is gone or silent
+        RequestFailed           the engine ended the request with a status
+
+`rejections.py` gives each its gRPC status.
+"""
+
+from coordinator.errors import CoordinatorError
+
+
+class NotReady(CoordinatorError):
+    """The group cannot answer now; the message says why."""
+
+
+class Draining(CoordinatorError):
+    """The coordinator is stopping and takes no new requests."""
+
+
+class EngineLost(CoordinatorError):
+    """The engine process ended, or has been silent for too long."""
+
+    def __init__(self, message: str, is_silent: bool = False) -> None:
+        super().__init__(message)
+        self.is_silent = is_silent
+
+
+class RequestFailed(CoordinatorError):
+    """The engine ended a request with a gRPC status."""
+
+    def __init__(self, status_code: int, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+        self.retry_after_s = retry_after_s

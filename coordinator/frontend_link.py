@@ -1,0 +1,151 @@
+"""A frontend process and the socket to it.
+
+Frames are a 4-byte little-endian length and a FrontendMessage or EngineMessage.
+"""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from coordinator.config import CoordinatorConfig
+from coordinator.errors import FrontendLost
+from protos.lockstep.v1 import engine_pb2
+
+_LENGTH_BYTES = 4
+_MAX_FRAME_BYTES = 256 << 20
+_MAX_UNSENT_BYTES = 256 << 20
+_SILENCE_MARGIN_S = 2.0
+_EXIT_TIMEOUT_S = 5.0
+
+
+class FrontendLink:
+    """Frames to and from one frontend. `take_message` is called for each as it comes."""
+
+    def __init__(
+        self,
+        index: int,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        take_message: Callable[[int, engine_pb2.FrontendMessage], None],
+    ) -> None:
+        self.index = index
+        self._reader = reader
+        self._writer = writer
+        self._take_message = take_message
+
+    def send(self, message: engine_pb2.EngineMessage) -> None:
+        """Sends without blocking. A frontend that stops reading is dropped, not waited for."""
+        if self._writer.is_closing():
+            return
+        if self._writer.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+            self._writer.transport.abort()
+            return
+        payload = message.SerializeToString()
+        self._writer.write(len(payload).to_bytes(_LENGTH_BYTES, "little") + payload)
+
+    async def read_all(self) -> None:
+        """Reads until the frontend closes its end."""
+        try:
+            while True:
+                length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "little")
+                assert length <= _MAX_FRAME_BYTES, f"frontend {self.index} sent {length} bytes"
+                payload = await self._reader.readexactly(length)
+                self._take_message(self.index, engine_pb2.FrontendMessage.FromString(payload))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+async def open_link(
+    index: int,
+    sock: socket.socket,
+    take_message: Callable[[int, engine_pb2.FrontendMessage], None],
+) -> FrontendLink:
+    """A link over one end of a socket pair, which it owns from now on."""
+    reader, writer = await asyncio.open_connection(sock=sock)
+    return FrontendLink(index, reader, writer, take_message)
+
+
+class Process(Protocol):
+    """What is needed of asyncio.subprocess.Process."""
+
+    async def wait(self) -> int: ...
+
+    def kill(self) -> None: ...
+
+
+class FrontendProcess:
+    """A frontend that this engine has started."""
+
+    def __init__(self, link: FrontendLink, process: Process) -> None:
+        self.link = link
+        self._process = process
+        self.is_draining = False
+
+    async def run(self) -> None:
+        """Reads until the frontend ends; raises FrontendLost unless it was told to."""
+        await self.link.read_all()
+        try:
+            return_code = await asyncio.wait_for(self._process.wait(), _EXIT_TIMEOUT_S)
+        except TimeoutError:
+            self._process.kill()  # it has let go of its socket and hangs
+            return_code = await self._process.wait()
+        if not self.is_draining or return_code != 0:
+            raise FrontendLost(self.link.index, return_code)
+
+    def drain(self, budget_s: float) -> None:
+        """Tells it to refuse new calls and end with its last stream."""
+        self.is_draining = True
+        self.link.send(engine_pb2.EngineMessage(drain=engine_pb2.Drain(budget_seconds=budget_s)))
+
+    async def kill(self) -> None:
+        """Ends it now."""
+        self.link.close()
+        with suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
+
+StartFrontend = Callable[
+    [int, CoordinatorConfig, int, Callable[[int, engine_pb2.FrontendMessage], None]],
+    Awaitable[FrontendProcess],
+]
+
+
+async def start_frontend(
+    index: int,
+    config: CoordinatorConfig,
+    port: int,
+    take_message: Callable[[int, engine_pb2.FrontendMessage], None],
+) -> FrontendProcess:
+    """Starts `python -m coordinator.frontend` at the other end of a socket pair."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        process = await asyncio.create_subprocess_exec(
+            *frontend_command(config, theirs.fileno(), port),
+            pass_fds=(theirs.fileno(),),
+        )
+    return FrontendProcess(await open_link(index, ours, take_message), process)
+
+
+def frontend_command(config: CoordinatorConfig, engine_fd: int, port: int) -> Sequence[str]:
+    """The command line of a frontend that is to serve on `port`."""
+    flags = {
+        "engine-fd": engine_fd,
+        "engine-pid": os.getpid(),
+        "model": config.model,
+        "served-model-name": config.served_model_name,
+        "host": config.host,
+        "port": port,
+        "silence-timeout": config.step_timeout + _SILENCE_MARGIN_S,
+        "num-frontends": config.num_frontends,
+        "log-format": config.log_format,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "coordinator.frontend", *words]

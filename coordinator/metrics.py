@@ -1,0 +1,181 @@
+"""What the coordinator measures. Always on; Prometheus text on --metrics-port.
+
+The event loop writes plain numbers and numpy arrays; they become metrics when somebody scrapes. One
+observation per token would otherwise cost more than the rest of a step's bookkeeping.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from types import TracebackType
+from wsgiref.simple_server import WSGIServer
+
+import numpy as np
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+_LATENCY_BUCKETS_S = (
+    *(0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06),
+    *(0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0),
+)
+_E2E_BUCKETS_S = (*_LATENCY_BUCKETS_S, 160.0, 320.0, 640.0, 1280.0, 2560.0)
+
+
+class Histogram:
+    """Counts per bucket, filled many values at a time. Written by one thread."""
+
+    def __init__(self, bounds_s: Sequence[float]) -> None:
+        self._bounds = np.array(bounds_s)
+        self._counts = np.zeros(len(bounds_s) + 1, dtype=np.int64)
+        self.sum = 0.0
+
+    @property
+    def count(self) -> int:
+        return int(self._counts.sum())
+
+    def observe(self, values: Sequence[float]) -> None:
+        """Adds values, seconds."""
+        if not values:
+            return
+        buckets = np.searchsorted(self._bounds, values, side="left")
+        self._counts += np.bincount(buckets, minlength=len(self._counts))
+        self.sum += float(sum(values))
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper bound, values up to it) as Prometheus wants them."""
+        bounds = [*(str(bound) for bound in self._bounds.tolist()), "+Inf"]
+        counts = (float(count) for count in accumulate(self._counts.tolist()))
+        return list(zip(bounds, counts, strict=True))
+
+
+@dataclass
+class EngineMetrics:
+    """The numbers behind the metrics; names are those of the metrics without prefix."""
+
+    model_name: str
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    group_restarts: int = 0
+    request_success: Counter[str] = field(default_factory=Counter)
+    requests_failed: Counter[str] = field(default_factory=Counter)
+    requests_rejected: Counter[str] = field(default_factory=Counter)
+    rank_up: dict[int, bool] = field(default_factory=dict)
+    startup_seconds: dict[str, float] = field(default_factory=dict)
+    time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
+    inter_token_latency: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
+    e2e_latency: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
+
+
+class _EngineCollector(Collector):
+    """Turns EngineMetrics into metric families, in the scraping thread."""
+
+    def __init__(self, metrics: EngineMetrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._gauges()
+        yield from self._counters()
+        yield from self._histograms()
+
+    def _gauges(self) -> Iterator[Metric]:
+        metrics = self._metrics
+        plain = (
+            ("num_requests_running", "Requests in the batch.", metrics.num_requests_running),
+            ("num_requests_waiting", "Requests in the queue.", metrics.num_requests_waiting),
+            ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", metrics.kv_cache_usage),
+        )
+        for name, text, value in plain:
+            family = GaugeMetricFamily(f"lockstep_{name}", text, labels=["model_name"])
+            family.add_metric([metrics.model_name], value)
+            yield family
+        ranks = {str(rank): float(is_up) for rank, is_up in metrics.rank_up.copy().items()}
+        yield self._labelled_gauge("rank_up", "The rank is in the group.", "rank", ranks)
+        yield self._labelled_gauge(
+            "startup_seconds",
+            "Time of each phase of the last start.",
+            "phase",
+            metrics.startup_seconds.copy(),
+        )
+
+    def _labelled_gauge(
+        self, name: str, text: str, label: str, values: dict[str, float]
+    ) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(f"lockstep_{name}", text, labels=["model_name", label])
+        for key, value in values.items():
+            family.add_metric([self._metrics.model_name, key], value)
+        return family
+
+    def _counters(self) -> Iterator[Metric]:
+        metrics = self._metrics
+        plain = (
+            ("prompt_tokens", "Prompt tokens of admitted requests.", metrics.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", metrics.generation_tokens),
+            ("preemptions", "Requests that lost their place.", metrics.preemptions),
+            ("group_restarts", "Times the ranks had to start again.", metrics.group_restarts),
+        )
+        for name, text, value in plain:
+            family = CounterMetricFamily(f"lockstep_{name}", text, labels=["model_name"])
+            family.add_metric([metrics.model_name], value)
+            yield family
+        by_label = (
+            ("request_success", "Requests ended well.", "finished_reason", metrics.request_success),
+            ("requests_failed", "Requests ended in an error.", "code", metrics.requests_failed),
+            ("requests_rejected", "Requests never begun.", "reason", metrics.requests_rejected),
+        )
+        for name, text, label, counts in by_label:
+            labels = ["model_name", label]
+            family = CounterMetricFamily(f"lockstep_{name}", text, labels=labels)
+            for key, count in counts.copy().items():
+                family.add_metric([metrics.model_name, key], count)
+            yield family
+
+    def _histograms(self) -> Iterator[Metric]:
+        metrics = self._metrics
+        for name, text, histogram in (
+            ("time_to_first_token", "Arrival to first token.", metrics.time_to_first_token),
+            ("inter_token_latency", "Between a request's tokens.", metrics.inter_token_latency),
+            ("e2e_request_latency", "Arrival to end of a request.", metrics.e2e_latency),
+        ):
+            family = HistogramMetricFamily(f"lockstep_{name}_seconds", text, labels=["model_name"])
+            family.add_metric([metrics.model_name], histogram.cumulative(), histogram.sum)
+            yield family
+
+
+class MetricsServer:
+    """Serves the metrics on a thread of its own until closed. OSError if the port is taken."""
+
+    def __init__(self, metrics: EngineMetrics, host: str, port: int) -> None:
+        registry = CollectorRegistry()
+        registry.register(_EngineCollector(metrics))
+        served: tuple[WSGIServer, threading.Thread] = start_http_server(
+            port, addr=host, registry=registry
+        )
+        self._server, self._thread = served
+        self.port: int = self._server.server_port
+
+    def __enter__(self) -> MetricsServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=5)

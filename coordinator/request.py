@@ -1,0 +1,139 @@
+"""The record of a request. Everything in a worker but the weights is a cache of these."""
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+
+class RequestState(enum.Enum):
+    """Where a request stands; see `_LEGAL` for the ways between."""
+
+    WAITING = "waiting"  # in the queue, no slot
+    PREFILLING = "prefilling"  # has a slot; chunks of its tokens are being sent
+    RUNNING = "running"  # a row of the decode batch
+    COMPLETING = "completing"  # every position is granted, slot closed, last results on their way
+    PREEMPTED = "preempted"  # lost its slot, waits in front of the queue; results may still come
+    FINISHED = "finished"  # ended; whatever still comes is dropped
+
+
+_LEGAL = {
+    RequestState.WAITING: {RequestState.PREFILLING, RequestState.FINISHED},
+    RequestState.PREFILLING: {
+        RequestState.RUNNING,
+        RequestState.PREEMPTED,
+        RequestState.FINISHED,
+    },
+    RequestState.RUNNING: {
+        RequestState.COMPLETING,
+        RequestState.PREEMPTED,
+        RequestState.FINISHED,
+    },
+    RequestState.COMPLETING: {RequestState.FINISHED},
+    RequestState.PREEMPTED: {RequestState.PREFILLING, RequestState.FINISHED},
+    RequestState.FINISHED: set(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens of a request are chosen, every value resolved; meanings as in worker.proto."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    min_tokens: int
+    stop_ids: tuple[int, ...]
+    num_logprobs: int  # -1: none wanted
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One request from Submit to its end. `order` numbers requests by arrival: smaller is older."""
+
+    order: int
+    frontend: int
+    handle: int
+    request_id: str
+    prompt_ids: npt.NDArray[np.int32]
+    max_tokens: int
+    sampling: Sampling
+    arrival_time: float  # CLOCK_MONOTONIC, seconds
+    output_ids: list[int] = field(default_factory=list)  # resumed ones included
+    state: RequestState = RequestState.WAITING
+    slot: int = 0  # 0: none
+    row: int = -1  # -1: none
+    block_ids: list[int] = field(default_factory=list)
+    limit: int = 0  # as last sent
+    prefill_len: int = 0
+    num_prefilled: int = 0  # tokens whose chunks are sent
+    ready_after_step: int = 0  # preempted: last step that may still report a token
+    last_token_time: float = 0.0  # 0: no token yet
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def final_limit(self) -> int:
+        """First position that never needs computing: the last output token is only sampled."""
+        return self.prompt_len + self.max_tokens - 1
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is RequestState.FINISHED
+
+    def open_slot(self, slot: int) -> None:
+        """Waiting or preempted -> prefilling: takes a slot; outputs so far are prefilled too."""
+        self._enter(RequestState.PREFILLING)
+        self.slot = slot
+        self.prefill_len = self.prompt_len + len(self.output_ids)
+        self.num_prefilled = 0
+        self.limit = 0
+
+    def start_decoding(self, row: int) -> None:
+        """Prefilling -> running: its final chunk is sent."""
+        assert self.num_prefilled == self.prefill_len
+        self._enter(RequestState.RUNNING)
+        self.row = row
+
+    def complete(self) -> None:
+        """Running -> completing: every position is granted."""
+        self._enter(RequestState.COMPLETING)
+        self._forget_place()
+
+    def preempt(self, last_sent_step: int) -> None:
+        """Prefilling or running -> preempted. Tokens up to `last_sent_step` still count."""
+        self._enter(RequestState.PREEMPTED)
+        self._forget_place()
+        self.ready_after_step = last_sent_step
+
+    def finish(self) -> None:
+        """Any state but finished -> finished."""
+        self._enter(RequestState.FINISHED)
+        self._forget_place()
+
+    def tokens_from(self, start: int, length: int) -> npt.NDArray[np.int32]:
+        """Token ids of positions start..start+length-1, int32."""
+        end = start + length
+        prompt = self.prompt_ids[start:end]
+        if end <= self.prompt_len:
+            return prompt
+        first_output = max(start - self.prompt_len, 0)
+        output = np.array(self.output_ids[first_output : end - self.prompt_len], dtype=np.int32)
+        return np.concatenate([prompt, output])
+
+    def _enter(self, state: RequestState) -> None:
+        assert state in _LEGAL[self.state], f"request {self.request_id}: {self.state} -> {state}"
+        self.state = state
+
+    def _forget_place(self) -> None:
+        assert not self.block_ids, "blocks must be released first"
+        self.slot = 0
+        self.row = -1

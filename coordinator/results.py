@@ -1,0 +1,102 @@
+"""What a step reported becomes tokens of requests, endings and measurements."""
+
+from collections.abc import Sequence
+
+import grpc
+import numpy as np
+
+from coordinator.batch import Batch
+from coordinator.errors import ProtocolBroken
+from coordinator.metrics import EngineMetrics
+from coordinator.request import Request, RequestState
+from coordinator.request_book import RequestBook
+from coordinator.step_command import unpack_int32
+from protos.lockstep.v1 import generate_pb2, worker_pb2
+
+_FLAG_STOP = 1
+_FLAG_NOT_FINITE = 2
+_NUM_ALTERNATIVES = 20
+
+
+def apply_result(
+    result: worker_pb2.StepResult,
+    batch: Batch,
+    book: RequestBook,
+    metrics: EngineMetrics,
+    now: float,
+) -> None:
+    """Applies a step's result to the requests of the command that granted it.
+
+    Tokens of requests that have ended meanwhile are dropped; `now` is CLOCK_MONOTONIC in seconds.
+    Raises ProtocolBroken if the result does not fit what was sent.
+    """
+    entries = batch.resolve(result.command_id, result.step)
+    token_ids = unpack_int32(result.token_ids)
+    all_flags = result.flags
+    if len(token_ids) != len(entries) or len(all_flags) != len(entries):
+        raise ProtocolBroken(
+            f"step {result.step} has {len(token_ids)} tokens and {len(all_flags)} flags for "
+            f"{len(entries)} entries"
+        )
+    alternatives = _Alternatives(result, len(entries)) if result.logprobs else None
+    first_delays, gaps = list[float](), list[float]()
+    for index, (request, token_id, flags) in enumerate(
+        zip(entries, token_ids, all_flags, strict=True)
+    ):
+        if request.state is RequestState.FINISHED:
+            continue
+        if token_id < 0 or flags & _FLAG_NOT_FINITE:
+            _end_without_token(request, flags, result.step, book)
+            continue
+        if request.last_token_time:
+            gaps.append(now - request.last_token_time)
+        else:
+            first_delays.append(now - request.arrival_time)
+        request.last_token_time = now
+        logprobs = alternatives.of(index, request) if alternatives else None
+        book.take_token(request, token_id, bool(flags & _FLAG_STOP), logprobs)
+    metrics.generation_tokens += len(first_delays) + len(gaps)
+    metrics.time_to_first_token.observe(first_delays)
+    metrics.inter_token_latency.observe(gaps)
+
+
+def _end_without_token(request: Request, flags: int, step: int, book: RequestBook) -> None:
+    if not flags & _FLAG_NOT_FINITE:
+        raise ProtocolBroken(
+            f"step {step} gave request {request.request_id!r} no token within its limit"
+        )
+    number = len(request.output_ids) + 1
+    message = f"the logits of output token {number} were not finite"
+    book.fail(request, grpc.StatusCode.INTERNAL, message)
+
+
+class _Alternatives:
+    """Log-probabilities of a result: [num_entries] and twice [num_entries, 20]."""
+
+    def __init__(self, result: worker_pb2.StepResult, num_entries: int) -> None:
+        self._logprobs = np.frombuffer(result.logprobs, dtype="<f4")
+        top_ids = np.frombuffer(result.top_token_ids, dtype="<i4")
+        top_logprobs = np.frombuffer(result.top_logprobs, dtype="<f4")
+        if len(self._logprobs) != num_entries or len(top_ids) != len(top_logprobs):
+            raise ProtocolBroken(f"step {result.step}: log-probabilities do not fit its entries")
+        shape = (num_entries, _NUM_ALTERNATIVES)
+        if len(top_ids) not in (0, num_entries * _NUM_ALTERNATIVES):
+            raise ProtocolBroken(f"step {result.step}: {len(top_ids)} alternatives, not {shape}")
+        self._top_ids = top_ids.reshape(shape) if len(top_ids) else None
+        self._top_logprobs = top_logprobs.reshape(shape) if len(top_ids) else None
+
+    def of(self, index: int, request: Request) -> generate_pb2.TokenLogprobs | None:
+        """What a request asked for; None if it asked for nothing."""
+        count = request.sampling.num_logprobs
+        if count < 0:
+            return None
+        top_ids: Sequence[int] = []
+        top_logprobs: Sequence[float] = []
+        if count and self._top_ids is not None and self._top_logprobs is not None:
+            top_ids = self._top_ids[index, :count].tolist()
+            top_logprobs = self._top_logprobs[index, :count].tolist()
+        return generate_pb2.TokenLogprobs(
+            logprob=float(self._logprobs[index]),
+            top_token_ids=top_ids,
+            top_logprobs=top_logprobs,
+        )

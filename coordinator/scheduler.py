@@ -1,0 +1,229 @@
+"""Who runs in the next step. A pure function over plain data: no clock, no I/O, no state.
+
+Every decoding sequence gets its token in every step; what is left of the token budget goes to
+prompts, oldest first, in chunks. So a prompt of any length never stops the running streams, and at
+most one prompt is partly prefilled at a time: a chunk either ends its prompt or uses up the budget.
+
+Blocks are taken when positions need them, for upper bounds of the positions. When none is left the
+youngest sequence loses its place and is computed again later. The oldest always goes on, and since
+a request that could not fit alone is refused on arrival, it always can.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from coordinator.tables import IntArray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The decode batch, one entry a row; int64 `[num_rows]` each, read only.
+
+    `next_positions` are upper bounds. `orders` names the requests: smaller is older.
+    """
+
+    orders: IntArray
+    next_positions: IntArray
+    final_limits: IntArray
+    num_blocks: IntArray
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A sequence whose prompt is partly prefilled."""
+
+    order: int
+    num_prefilled: int
+    prefill_len: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A request in the queue; `is_ready` is False while results of a preempted one are awaited."""
+
+    order: int
+    prefill_len: int
+    is_ready: bool = True
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What there is to give."""
+
+    num_free_blocks: int
+    num_free_slots: int
+    block_size: int
+    max_batch_tokens: int
+    watermark_blocks: int  # kept free on admission while others run, so that they can grow
+    num_steps: int = 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start..start+length-1 of a sequence, and how many blocks it needs before."""
+
+    order: int
+    start: int
+    length: int
+    num_new_blocks: int
+    is_admission: bool = False
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the next command does. Requests are named by their order.
+
+    Applied in the order of the fields; the counts add up only in that order.
+    """
+
+    completed: list[int] = field(default_factory=list)  # rows whose every position is granted
+    preempted: list[int] = field(default_factory=list)  # youngest first
+    row_blocks: list[tuple[int, int]] = field(default_factory=list)  # (order, new blocks)
+    chunks: list[Chunk] = field(default_factory=list)
+    num_rows: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """No token would be computed."""
+        return self.num_rows == 0 and not self.chunks
+
+
+def plan_step(
+    rows: Rows, prefills: Sequence[Prefill], waiting: Iterable[Waiting], capacity: Capacity
+) -> StepPlan:
+    """Decides the next command.
+
+    `prefills` and `waiting` are oldest first; `waiting` is read no further than needed. The caller
+    guarantees that any one request fits the cache alone and that rows fit the token budget.
+    """
+    is_complete = rows.next_positions >= rows.final_limits
+    completed: list[int] = rows.orders[is_complete].tolist()
+    num_free = capacity.num_free_blocks + int(rows.num_blocks[is_complete].sum())
+    needs = _row_needs(rows, ~is_complete, capacity)
+    num_needed = sum(count for _, count in needs)
+    preempted: list[int] = []
+    if num_needed <= num_free:
+        num_free -= num_needed
+    else:
+        active = _active_by_age(rows, ~is_complete, prefills)
+        needs, preempted, num_free = _share_blocks(needs, active, num_free)
+    gone = set(preempted)
+    num_preempted_prefills = sum(prefill.order in gone for prefill in prefills)
+    num_rows = len(rows.orders) - len(completed) - (len(preempted) - num_preempted_prefills)
+    going_on = [prefill for prefill in prefills if prefill.order not in gone]
+    room = _Room(
+        num_free,
+        capacity.num_free_slots + len(completed) + len(preempted),
+        capacity.max_batch_tokens - num_rows,
+    )
+    chunks, all_end = _continue_prefills(going_on, room, capacity.block_size)
+    if all_end and not preempted:
+        chunks += _admit(waiting, num_rows + len(going_on), room, capacity)
+    return StepPlan(completed, preempted, needs, chunks, num_rows)
+
+
+@dataclass
+class _Room:
+    """What is left for prompts while a plan is made."""
+
+    num_free_blocks: int
+    num_free_slots: int
+    token_budget: int
+
+    def admits(self) -> bool:
+        """A further request may get a slot and a token."""
+        return self.token_budget > 0 and self.num_free_slots > 0
+
+    def take(self, chunk: Chunk) -> None:
+        """A chunk is planned."""
+        self.num_free_blocks -= chunk.num_new_blocks
+        self.token_budget -= chunk.length
+        self.num_free_slots -= chunk.is_admission
+
+
+def _row_needs(rows: Rows, is_alive: np.ndarray, capacity: Capacity) -> list[tuple[int, int]]:
+    """(order, blocks missing for the granted positions) of the rows that lack some, by age."""
+    ends = np.minimum(rows.next_positions + capacity.num_steps, rows.final_limits)
+    missing = -(-ends // capacity.block_size) - rows.num_blocks
+    lacking = np.flatnonzero((missing > 0) & is_alive)
+    by_age = lacking[np.argsort(rows.orders[lacking])]
+    return list(zip(rows.orders[by_age].tolist(), missing[by_age].tolist(), strict=True))
+
+
+def _active_by_age(
+    rows: Rows, is_alive: np.ndarray, prefills: Sequence[Prefill]
+) -> list[tuple[int, int]]:
+    """(order, blocks held) of all that hold blocks, oldest first."""
+    held = zip(rows.orders[is_alive].tolist(), rows.num_blocks[is_alive].tolist(), strict=True)
+    return sorted([*held, *((prefill.order, prefill.num_blocks) for prefill in prefills)])
+
+
+def _share_blocks(
+    needs: list[tuple[int, int]], active: list[tuple[int, int]], num_free: int
+) -> tuple[list[tuple[int, int]], list[int], int]:
+    """Serves needs from the oldest on, taking the place of the youngest when blocks run out.
+
+    Returns (granted needs, preempted, blocks left). A sequence never takes the place of an older
+    one: it gives up its own instead.
+    """
+    oldest = active[0][0]
+    granted: list[tuple[int, int]] = []
+    preempted: list[int] = []
+    for order, count in needs:
+        if order in preempted:
+            continue
+        while num_free < count:
+            victim, num_held = active.pop()
+            assert victim != oldest, "a request that does not fit alone was admitted"
+            preempted.append(victim)
+            num_free += num_held
+            if victim == order:
+                break
+        else:
+            granted.append((order, count))
+            num_free -= count
+    return granted, preempted, num_free
+
+
+def _continue_prefills(
+    prefills: Sequence[Prefill], room: _Room, block_size: int
+) -> tuple[list[Chunk], bool]:
+    """Chunks of the prompts that have begun, and whether all of them end with these."""
+    chunks: list[Chunk] = []
+    for prefill in prefills:
+        reach = (prefill.num_blocks + room.num_free_blocks) * block_size
+        end = min(prefill.prefill_len, prefill.num_prefilled + room.token_budget, reach)
+        length = end - prefill.num_prefilled
+        if length > 0:
+            num_new = max(-(-end // block_size) - prefill.num_blocks, 0)
+            chunks.append(Chunk(prefill.order, prefill.num_prefilled, length, num_new))
+            room.take(chunks[-1])
+        if end < prefill.prefill_len:
+            return chunks, False  # nobody younger goes first
+    return chunks, True
+
+
+def _admit(
+    waiting: Iterable[Waiting], num_active: int, room: _Room, capacity: Capacity
+) -> list[Chunk]:
+    """First chunks of waiting requests, first come first served."""
+    chunks: list[Chunk] = []
+    if not room.admits():
+        return chunks
+    for request in waiting:
+        # The whole prompt must have room, though blocks are taken chunk by chunk: a prompt that
+        # begins without would be preempted half-way by the rows it runs beside.
+        num_needed = -(-request.prefill_len // capacity.block_size)
+        reserve = capacity.watermark_blocks if num_active or chunks else 0
+        if not request.is_ready or num_needed + reserve > room.num_free_blocks:
+            break
+        length = min(request.prefill_len, room.token_budget)
+        num_new = -(-length // capacity.block_size)
+        chunks.append(Chunk(request.order, 0, length, num_new, is_admission=True))
+        room.take(chunks[-1])
+        if not room.admits():
+            break
+    return chunks

@@ -1,0 +1,144 @@
+"""From decisions to bytes: table deltas, the running digest, and commands serialised once."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from coordinator.request import Request
+from protos.lockstep.v1 import worker_pb2
+
+_DIGEST_LEN = 8
+
+
+@dataclass
+class DeltaBuilder:
+    """Collects the changes of one command; `build` packs them in the order of worker.proto."""
+
+    opened: list[Request] = field(default_factory=list)
+    block_appends: list[tuple[int, int, int]] = field(default_factory=list)
+    limits: list[tuple[int, int]] = field(default_factory=list)
+    chunks: list[tuple[int, int, int]] = field(default_factory=list)
+    chunk_token_ids: list[bytes] = field(default_factory=list)
+
+    def append_blocks(self, request: Request, block_ids: Sequence[int], block_size: int) -> None:
+        """Gives a sequence more blocks and raises its limit to what they cover."""
+        first = len(request.block_ids)
+        request.block_ids += block_ids
+        request.limit = min(len(request.block_ids) * block_size, request.final_limit)
+        self.block_appends += [
+            (request.slot, first + index, block_id) for index, block_id in enumerate(block_ids)
+        ]
+        self.limits.append((request.slot, request.limit))
+
+    def open(self, request: Request, block_ids: Sequence[int], block_size: int) -> None:
+        """Describes a sequence that has just got its slot."""
+        request.block_ids += block_ids
+        request.limit = min(len(block_ids) * block_size, request.final_limit)
+        self.opened.append(request)
+
+    def add_chunk(self, request: Request, start: int, length: int) -> None:
+        """Runs tokens start..start+length-1 of a sequence."""
+        self.chunks.append((request.slot, start, length))
+        tokens = request.tokens_from(start, length)
+        self.chunk_token_ids.append(tokens.astype("<i4", copy=False).tobytes())
+
+    def build(
+        self, closed_slots: Sequence[int], row_changes: Sequence[tuple[int, int]], num_rows: int
+    ) -> bytes:
+        """The serialised TableDelta."""
+        return worker_pb2.TableDelta(
+            closed_slots=pack_int32(closed_slots),
+            opened_slots=[_slot_open(request) for request in self.opened],
+            block_appends=pack_int32(self.block_appends),
+            limits=pack_int32(self.limits),
+            row_changes=pack_int32(row_changes),
+            row_count=num_rows,
+            chunks=pack_int32(self.chunks),
+            chunk_token_ids=b"".join(self.chunk_token_ids),
+        ).SerializeToString()
+
+
+@dataclass(frozen=True)
+class SentStep:
+    """What a command granted, kept until its results have come.
+
+    `entries` are the requests of the first step's results in their order: rows, then final chunks;
+    further steps have the rows alone.
+    """
+
+    command_id: int
+    first_step: int
+    num_steps: int
+    rows: Sequence[Request]
+    final_chunks: Sequence[Request]
+
+    @property
+    def last_step(self) -> int:
+        """Of a heartbeat: the step before it."""
+        return self.first_step + self.num_steps - 1
+
+    def entries(self, step: int) -> Sequence[Request]:
+        """The requests that have an entry in the result of `step`, in order."""
+        return [*self.rows, *self.final_chunks] if step == self.first_step else self.rows
+
+
+class CommandEncoder:
+    """Numbers, chains and serialises the commands of one epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._digest = bytes(_DIGEST_LEN)
+        self.last_command_id = 0
+        self.last_step = 0
+
+    def encode(self, delta: bytes, num_steps: int, table_digest: bytes) -> bytes:
+        """The next command as a serialised ExecuteRequest, the same bytes for every rank."""
+        chained = hashlib.blake2b(self._digest + delta, digest_size=32)
+        self._digest = chained.digest()[:_DIGEST_LEN]
+        self.last_command_id += 1
+        command = worker_pb2.StepCommand(
+            command_id=self.last_command_id,
+            epoch=self._epoch,
+            first_step=self.last_step + 1,
+            step_count=num_steps,
+            delta=delta,
+            digest=self._digest,
+            table_digest=table_digest,
+        )
+        self.last_step += num_steps
+        return worker_pb2.ExecuteRequest(command=command).SerializeToString()
+
+
+def pack_int32(numbers: Sequence[int] | Sequence[tuple[int, ...]]) -> bytes:
+    """Little-endian int32 without framing; tuples one after another."""
+    return np.array(numbers, dtype="<i4").tobytes() if len(numbers) else b""
+
+
+def unpack_int32(packed: bytes) -> list[int]:
+    """The numbers of `pack_int32`; ValueError if they are no whole number of int32."""
+    unpacked: list[int] = np.frombuffer(packed, dtype="<i4").tolist()
+    return unpacked
+
+
+def _slot_open(request: Request) -> worker_pb2.SlotOpen:
+    sampling = request.sampling
+    return worker_pb2.SlotOpen(
+        slot=request.slot,
+        prompt_len=request.prompt_len,
+        prefill_len=request.prefill_len,
+        limit=request.limit,
+        block_ids=pack_int32(request.block_ids),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        min_tokens=sampling.min_tokens,
+        stop_ids=pack_int32(sampling.stop_ids),
+        logprob_count=sampling.num_logprobs,
+    )
