@@ -1,0 +1,55 @@
+"""`lockstep chat`: a conversation in the terminal."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lockstep.client import Client, chat_request
+from lockstep.errors import CallFailed
+from lockstep.generate import add_address_flag, stream_text
+from lockstep.sampling_flags import add_sampling_flags, sampling_params
+
+
+def main(argv: Sequence[str]) -> int:
+    """Talks until the input ends; returns 0, or 1 when a call failed."""
+    options = _parser().parse_args(argv)
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    params = sampling_params(options)
+    with Client(options.address) as client:
+        while (question := _ask()) is not None:
+            if not question.strip():
+                continue
+            messages.append({"role": "user", "content": question})
+            generation = client.generate(chat_request(messages, **params), options.timeout)
+            try:
+                answer = stream_text(generation)
+            except CallFailed as error:
+                begun = "\n" if generation.started is not None else ""
+                print(f"{begun}lockstep chat: {error}", file=sys.stderr)
+                return 1
+            except KeyboardInterrupt:
+                # Enough of this answer; the conversation goes on without it.
+                generation.cancel()
+                messages.pop()
+                print()
+                continue
+            messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def _ask() -> str | None:
+    """The next line of input; None at its end or on Ctrl-C."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lockstep chat", description=__doc__)
+    add_address_flag(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--timeout", type=float, metavar="S", help="limit for an answer, seconds")
+    add_sampling_flags(parser)
+    return parser

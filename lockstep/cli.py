@@ -1,0 +1,53 @@
+"""The `lockstep` command: finds the subcommand and hands it the rest."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.version import __version__
+
+# Subcommand -> (module with main(argv) -> exit code, what it does). Imported only when called.
+_COMMANDS = {
+    "serve": ("lockstep.serve", "serve a model: coordinator and workers on this host"),
+    "generate": ("lockstep.generate", "send one prompt to a server"),
+    "chat": ("lockstep.chat", "talk to a server"),
+    "demo": ("lockstep.demo", "a small real model on two ranks answers a question"),
+    "doctor": ("lockstep.doctor", "what this host has, what will be used, what is missing"),
+    "bench": ("bench.__main__", "benchmarks"),
+}
+_DAEMONS = {
+    "coordinator": "run the coordinator daemon alone",
+    "worker": "run one worker daemon alone",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name, rest = (words[0], words[1:]) if words else ("", [])
+    if name in ("--version", "-V"):
+        print(f"lockstep {__version__}")
+        return ExitCode.CLEAN
+    if name in ("", "help", "--help", "-h"):
+        print(usage())
+        return ExitCode.CLEAN if name else ExitCode.CONFIG
+    if name in _DAEMONS:
+        importlib.import_module("lockstep.serve").exec_daemon(name, rest)
+    if name not in _COMMANDS:
+        print(f"lockstep: no command {name!r}\n{usage()}", file=sys.stderr)
+        return ExitCode.CONFIG
+    return int(importlib.import_module(_COMMANDS[name][0]).main(rest))
+
+
+def usage() -> str:
+    """The commands, one a line."""
+    helps = {name: text for name, (_, text) in _COMMANDS.items()} | _DAEMONS
+    lines = [f"  {name:<12} {text}" for name, text in helps.items()]
+    return "\n".join(
+        ["usage: lockstep COMMAND ... (each has --help), or lockstep --version", *lines]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

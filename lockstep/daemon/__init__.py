@@ -1,0 +1,1 @@
+"""What every daemon does the same way. Leaf modules: standard library only, importable by all."""

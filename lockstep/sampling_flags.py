@@ -1,0 +1,35 @@
+"""Command-line flags of one request, for the commands that send some."""
+
+import argparse
+from typing import Any
+
+_NUMBERS = {
+    "temperature": float,
+    "top-p": float,
+    "top-k": int,
+    "min-p": float,
+    "seed": int,
+    "repetition-penalty": float,
+    "presence-penalty": float,
+    "frequency-penalty": float,
+    "max-tokens": int,
+    "min-tokens": int,
+}
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --temperature and so on. What is left out takes the server's default."""
+    group = parser.add_argument_group("sampling (default: what the model's makers say)")
+    for name, kind in _NUMBERS.items():
+        group.add_argument(f"--{name}", type=kind, metavar="N")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end")
+
+
+def sampling_params(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of SamplingParams that were given."""
+    names = [*(name.replace("-", "_") for name in _NUMBERS), "stop"]
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return given | ({"ignore_eos": True} if options.ignore_eos else {})

@@ -1,0 +1,220 @@
+"""`lockstep serve`: one model on this host, a worker per rank and a coordinator, supervised."""
+
+import os
+import site
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lockstep.cores import available_cores
+from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.flags import (
+    Flag,
+    FlagError,
+    choice,
+    float_between,
+    on_off,
+    parse_flags,
+    positive_int,
+    tcp_port,
+)
+from lockstep.daemon.ready_file import write_ready_file
+from lockstep.devices import choose_devices, count_gpus
+from lockstep.errors import ConfigError, HubError
+from lockstep.hub import resolve_model
+from lockstep.processes import supervised_processes
+from lockstep.ready_record import ReadyRecord
+from lockstep.supervisor import GroupSpec, Supervisor
+
+_MAX_RANKS = 64
+# What a coordinator needs beside its drain time, to tell ranks and frontends.
+_STOP_MARGIN_S = 15.0
+
+# The coordinator's own: passed on as they are, checked and given their defaults there.
+COORDINATOR_FLAGS = (
+    Flag("served-model-name", str, None, "name clients use; default: the folder's name"),
+    Flag("dtype", str, None, "auto, float32, bfloat16 or float16 (default: auto)"),
+    Flag("max-model-len", str, None, "longest prompt + output, in tokens; default: what fits"),
+    Flag("max-num-seqs", str, None, "most requests in the batch (default: 256)"),
+    Flag("max-batch-tokens", str, None, "most tokens in a step (default: 2048)"),
+    Flag("block-size", str, None, "tokens in a KV block (default: 16)"),
+    Flag("kv-cache-bytes", str, None, "KV cache of one rank; default: from free memory"),
+    Flag("gpu-memory-fraction", str, None, "share of GPU memory to use (default: 0.9)"),
+    Flag("load-format", str, None, "safetensors, or dummy weights (default: safetensors)"),
+    Flag("comm", str, None, "auto, nccl, shm or gloo (default: auto)"),
+    Flag("prefix-cache", str, None, "on is refused: not in this version (default: off)"),
+    Flag("use-graphs", str, None, "on or off: capture steps as CUDA graphs (default: on)"),
+    Flag("step-timeout", str, None, "seconds after which a silent rank is lost (default: 30)"),
+    Flag("startup-timeout", str, None, "seconds for the ranks to come up (default: 600)"),
+    Flag("max-queue-requests", str, None, "most requests that wait (default: 1024)"),
+    Flag("num-frontends", str, None, "processes that serve the public API (default: 1)"),
+    Flag("host", str, None, "address to serve on (default: 127.0.0.1)"),
+)
+_OWN_FLAGS = (
+    Flag("model", str, None, "checkpoint folder or hub id (owner/name)"),
+    Flag("tp", positive_int, 1, "ranks that share the model"),
+    Flag("devices", str, None, "cpu, or GPU numbers like 0,1; default: GPUs if there are any"),
+    Flag("num-threads", positive_int, None, "CPU threads of a rank; default: its share of cores"),
+    Flag("port", tcp_port, 50051, "gRPC port; 0: any"),
+    Flag("metrics-port", tcp_port, 9851, "the coordinator's Prometheus port; 0: any"),
+    Flag("drain-seconds", float_between(0.0, 86400.0), 30.0, "seconds requests get on SIGTERM"),
+    Flag("nccl-path", str, None, "libnccl.so.2 to load instead of the one found"),
+    Flag("restart", on_off, True, "off: a lost rank ends everything, with exit code 6"),
+    Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
+    Flag("ready-file", Path, None, "file to write once requests can be answered"),
+)
+_ELSEWHERE = frozenset({"workers", "device"})
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Settings of one `lockstep serve`. `passed_on` are the coordinator's flags as words."""
+
+    model: str
+    devices: tuple[str, ...]
+    num_threads: int
+    port: int
+    metrics_port: int
+    drain_seconds: float
+    nccl_path: str | None
+    restart: bool
+    log_format: str
+    ready_file: Path | None
+    passed_on: tuple[str, ...]
+
+    @property
+    def num_ranks(self) -> int:
+        """Workers, one a rank."""
+        return len(self.devices)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serves until told to stop; returns the exit code."""
+    started = time.monotonic()
+    try:
+        config = serve_config(argv, os.environ)
+        _report(f"starting {_ranks(config)} on {', '.join(config.devices)}")
+        model_dir = resolve_model(config.model)
+    except (FlagError, ConfigError) as error:
+        return _refuse(error, ExitCode.CONFIG)
+    except HubError as error:
+        return _refuse(error, ExitCode.CHECKPOINT)
+
+    def announce(record: ReadyRecord) -> None:
+        seconds = time.monotonic() - started
+        _report(f"ready: {config.model} at {record.grpc}, {_ranks(config)}, after {seconds:.1f} s")
+        if config.ready_file is not None:
+            write_ready_file(
+                config.ready_file,
+                role="serve",
+                rank=None,
+                grpc=record.grpc,
+                metrics=record.metrics,
+            )
+
+    group = group_spec(config, model_dir, os.environ)
+    try:
+        with supervised_processes() as processes:
+            return Supervisor(group, processes, _report, announce).run()
+    finally:
+        if config.ready_file is not None:
+            config.ready_file.unlink(missing_ok=True)
+
+
+def serve_config(argv: Sequence[str], environ: Mapping[str, str]) -> ServeConfig:
+    """Reads the settings and looks at the host. Raises FlagError, ConfigError."""
+    flags = (*_OWN_FLAGS, *COORDINATOR_FLAGS)
+    values = parse_flags("lockstep serve", flags, argv, environ, _ELSEWHERE)
+    if not values["model"]:
+        raise FlagError("--model is missing; it wants a checkpoint folder or a hub id")
+    num_ranks = values.pop("tp")
+    if num_ranks > _MAX_RANKS:
+        raise ConfigError(f"--tp is {num_ranks}; it must be at most {_MAX_RANKS}")
+    wanted = values.pop("devices")
+    num_gpus = 0 if wanted == "cpu" else count_gpus(environ)
+    devices = choose_devices(wanted, num_ranks, num_gpus)
+    num_threads = values.pop("num_threads") or max(1, available_cores() // num_ranks)
+    passed_on: list[str] = []
+    for flag in COORDINATOR_FLAGS:
+        value = values.pop(flag.dest)
+        if value is not None:
+            passed_on += [f"--{flag.name}", value]
+    if Path(values["model"]).is_dir() is False and "--served-model-name" not in passed_on:
+        passed_on += ["--served-model-name", values["model"]]
+    return ServeConfig(
+        devices=devices, num_threads=num_threads, passed_on=tuple(passed_on), **values
+    )
+
+
+def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str]) -> GroupSpec:
+    """The daemons' command lines. Every setting is a flag there: their environment has none."""
+
+    def worker_command(rank: int, port: int, metrics_port: int, ready_file: str) -> Sequence[str]:
+        command = [
+            *_python_module("worker"),
+            *("--model", str(model_dir), "--device", config.devices[rank]),
+            *("--port", str(port), "--metrics-port", str(metrics_port)),
+            *("--num-threads", str(config.num_threads)),
+            *("--ready-file", ready_file, "--log-format", config.log_format),
+        ]
+        return command + (["--nccl-path", config.nccl_path] if config.nccl_path else [])
+
+    def coordinator_command(
+        workers: Sequence[str], port: int, metrics_port: int, ready_file: str
+    ) -> Sequence[str]:
+        return [
+            *_python_module("coordinator"),
+            *("--model", str(model_dir), "--workers", ",".join(workers)),
+            *("--port", str(port), "--metrics-port", str(metrics_port)),
+            *("--drain-seconds", str(config.drain_seconds)),
+            *("--ready-file", ready_file, "--log-format", config.log_format),
+            *config.passed_on,
+        ]
+
+    return GroupSpec(
+        num_ranks=config.num_ranks,
+        worker_command=worker_command,
+        coordinator_command=coordinator_command,
+        coordinator_ports=(config.port, config.metrics_port),
+        environ=daemon_environ(environ),
+        restarts=config.restart,
+        drain_timeout_s=config.drain_seconds + _STOP_MARGIN_S,
+    )
+
+
+def daemon_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` without our settings, and with this package's folder to import from."""
+    result = {name: value for name, value in environ.items() if not name.startswith("LOCKSTEP_")}
+    root = str(Path(__file__).resolve().parent.parent)
+    if root not in [*site.getsitepackages(), site.getusersitepackages()]:
+        others = result.get("PYTHONPATH")
+        result["PYTHONPATH"] = root if not others else f"{root}{os.pathsep}{others}"
+    return result
+
+
+def _python_module(name: str) -> list[str]:
+    # -P: a folder called `worker` where the user happens to stand is not ours.
+    return [sys.executable, "-P", "-m", name]
+
+
+def exec_daemon(module: str, argv: Sequence[str]) -> None:
+    """Becomes that daemon (`lockstep worker ...`, `lockstep coordinator ...`). Does not return."""
+    command = [*_python_module(module), *argv]
+    environ = daemon_environ(os.environ)
+    environ |= {name: value for name, value in os.environ.items() if name.startswith("LOCKSTEP_")}
+    os.execve(sys.executable, command, environ)
+
+
+def _ranks(config: ServeConfig) -> str:
+    return "1 rank" if config.num_ranks == 1 else f"{config.num_ranks} ranks"
+
+
+def _report(line: str) -> None:
+    print(f"lockstep serve: {line}", file=sys.stderr, flush=True)
+
+
+def _refuse(error: Exception, code: ExitCode) -> int:
+    _report(str(error))
+    return code
