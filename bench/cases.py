@@ -1,0 +1,108 @@
+"""The serving cases, defined as the peer was measured.
+
+decode   `bs` requests of 128 random ids together, greedy: (time of 220 new tokens - of 20) / 200.
+ttft     one request of L random ids, one new token, median of 5.
+offline  256 requests of 100-1024 tokens in and out, temperature 0.6: output tokens per second.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bench.peer import PEER_NAME, peer_figure
+from bench.record import Case
+from bench.requests import Client, Request, offline256, random_prompt
+
+_PROMPT = 128
+_SHORT, _LONG = 20, 220
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, and the weight-read floor of one decode step in ms (None: no GPU)."""
+
+    client: Client
+    model: str
+    tp: int
+    dtype: str
+    vocab_size: int
+    floor_ms: float | None
+    generator: random.Random
+    say: Callable[[str], None]
+
+    def prompts(self, count: int, length: int, max_tokens: int) -> list[Request]:
+        """Fresh random requests."""
+        return [
+            Request(random_prompt(self.generator, length, self.vocab_size), max_tokens)
+            for _ in range(count)
+        ]
+
+    def case(self, name: str, **fields: Any) -> Case:
+        """A case of this subject with the peer's figure, if it has one."""
+        value = peer_figure(self.model, self.tp, name)
+        peer = {"name": PEER_NAME, "value": value} if value is not None else None
+        case = Case(case=name, model=self.model, tp=self.tp, dtype=self.dtype, peer=peer, **fields)
+        self.say(f"{name}: {case.value:.4g} {case.unit} (peer {value or '-'})")
+        return case
+
+
+async def decode(subject: Subject, batch_size: int, quick: bool) -> Case:
+    """Milliseconds per token at a batch size; `quick` runs each length once."""
+
+    async def seconds(num_tokens: int) -> float:
+        requests = subject.prompts(batch_size, _PROMPT, num_tokens)
+        return max(timing.last for timing in await subject.client.run(requests))
+
+    await seconds(_SHORT)
+    short = statistics.median([await seconds(_SHORT) for _ in range(1 if quick else 3)])
+    longs = [await seconds(_LONG) for _ in range(1 if quick else 2)]
+    runs = [(long - short) / (_LONG - _SHORT) * 1e3 for long in longs]
+    return subject.case(
+        f"decode-bs{batch_size}",
+        batch_size=batch_size,
+        context=_PROMPT + _LONG,
+        metric="time_per_token",
+        unit="ms",
+        value=statistics.median(runs),
+        runs=runs,
+        floor=subject.floor_ms,
+    )
+
+
+async def ttft(subject: Subject, length: int, quick: bool) -> Case:
+    """Milliseconds to the first token of one request of `length` ids."""
+    runs = []
+    for repeat in range(2 if quick else 6):
+        (timing,) = await subject.client.run(subject.prompts(1, length, 1))
+        if repeat:  # the first one warms up
+            runs.append(timing.first * 1e3)
+    return subject.case(
+        f"ttft-{length}",
+        batch_size=1,
+        context=length,
+        metric="time_to_first_token",
+        unit="ms",
+        value=statistics.median(runs),
+        runs=runs,
+    )
+
+
+async def offline(subject: Subject) -> Case:
+    """Output tokens per second over the whole offline batch."""
+    requests = offline256()
+    timings = await subject.client.run(requests)
+    num_tokens = sum(timing.num_tokens for timing in timings)
+    rate = num_tokens / max(timing.last for timing in timings)
+    return subject.case(
+        "offline256",
+        batch_size=len(requests),
+        context=2048,
+        metric="output_throughput",
+        unit="tok/s",
+        value=rate,
+        runs=[rate],
+    )

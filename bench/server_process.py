@@ -1,0 +1,65 @@
+"""A server for the length of a benchmark."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_STOP_LIMIT_S = 30.0
+
+
+class ServerProcess:
+    """`lockstep serve` as a child: ready on entry, stopped on exit.
+
+    Raises RuntimeError when it ends or is not ready within the limit.
+    """
+
+    def __init__(self, flags: list[str], start_limit_s: float) -> None:
+        self._flags = flags
+        self._start_limit_s = start_limit_s
+        self.address = ""
+        self.start_seconds = 0.0
+
+    def __enter__(self) -> Self:
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            ready = Path(folder) / "ready.json"
+            command = [sys.executable, "-m", "lockstep.cli", "serve", *self._flags]
+            command += ["--port", "0", "--metrics-port", "0", "--ready-file", str(ready)]
+            self._process = subprocess.Popen(command, stdout=sys.stderr)
+            while not ready.exists():
+                late = time.monotonic() - started > self._start_limit_s
+                if self._process.poll() is not None or late:
+                    self._stop()
+                    raise RuntimeError(
+                        f"lockstep serve is not ready after {time.monotonic() - started:.0f} s"
+                        f" (exit code {self._process.returncode})"
+                    )
+                time.sleep(0.05)
+            self.address = json.loads(ready.read_text(encoding="utf-8"))["grpc"]
+        self.start_seconds = time.monotonic() - started
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(timeout=_STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait(timeout=_STOP_LIMIT_S)

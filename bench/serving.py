@@ -1,0 +1,142 @@
+"""`lockstep bench serving`: starts a server, measures the cases through its public API, records."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from bench import cases
+from bench.cases import Subject
+from bench.record import (
+    RESULTS,
+    Case,
+    Record,
+    command_line,
+    hardware,
+    report,
+    settings,
+    versions,
+)
+from bench.requests import Client
+from bench.server_process import ServerProcess
+
+MODELS = Path(__file__).parent / "models"
+_HBM_BYTES_PER_S = 4.26e12  # measured on H200: 2 GiB bfloat16 matrix-vector product
+
+
+def main(argv: list[str]) -> int:
+    """Parses, measures, reports; returns the exit code."""
+    options = _parser().parse_args(argv)
+    model_dir = MODELS / options.model if (MODELS / options.model).is_dir() else Path(options.model)
+    anchor = json.loads(
+        subprocess.run(
+            [sys.executable, "-m", "bench.anchor"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
+        ).stdout
+    )
+    flags = [
+        *("--model", str(model_dir), "--tp", str(options.tp), "--load-format", options.load_format),
+        *("--max-model-len", str(options.max_model_len), "--max-num-seqs", "256"),
+        *("--dtype", options.dtype, *shlex.split(options.server_flags)),
+    ]
+    with ServerProcess(flags, options.start_limit) as server:
+        _say(f"server ready at {server.address} after {server.start_seconds:.1f} s")
+        measured = uvloop.run(_measure(options, model_dir, server.address))
+    record = Record(
+        bench="serving",
+        command=command_line("lockstep", "bench", "serving", *argv),
+        server_command=command_line("lockstep", "serve", *flags),
+        hardware=hardware(),
+        versions=versions(anchor["facts"]),
+        anchor=anchor["anchor"],
+        config=settings(options, startup_s=round(server.start_seconds, 2)),
+        cases=measured,
+    )
+    report(record, f"{model_dir.name}-tp{options.tp}", None if options.dry_run else options.results)
+    return 0
+
+
+async def _measure(options: argparse.Namespace, model_dir: Path, address: str) -> list[Case]:
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    client = Client(address)
+    on_gpu = hardware()["driver"] is not None
+    subject = Subject(
+        client=client,
+        model=model_dir.name,
+        tp=options.tp,
+        dtype=options.dtype,
+        vocab_size=config["vocab_size"],
+        floor_ms=weight_read_ms(config, options.tp) if on_gpu else None,
+        generator=random.Random(options.seed),
+        say=_say,
+    )
+    try:
+        return await _run_cases(options, subject)
+    finally:
+        await client.close()
+
+
+async def _run_cases(options: argparse.Namespace, subject: Subject) -> list[Case]:
+    measured = []
+    if "decode" in options.cases:
+        for batch_size in options.batch_sizes:
+            measured.append(await cases.decode(subject, batch_size, options.quick))
+    if "ttft" in options.cases:
+        for length in options.lengths:
+            measured.append(await cases.ttft(subject, length, options.quick))
+    if "offline256" in options.cases:
+        measured.append(await cases.offline(subject))
+    return measured
+
+
+def weight_read_ms(config: dict[str, Any], tp: int) -> float:
+    """Milliseconds to read one rank's bfloat16 weights once; the input embedding is not read."""
+    hidden, head_dim = config["hidden_size"], config.get("head_dim")
+    head_dim = head_dim or hidden // config["num_attention_heads"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    layer = attention + 3 * hidden * config["intermediate_size"]
+    parameters = config["num_hidden_layers"] * layer + config["vocab_size"] * hidden
+    return float(2 * parameters / tp / _HBM_BYTES_PER_S * 1e3)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lockstep bench serving", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="a name in bench/models, or a folder")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--load-format", default="dummy")
+    parser.add_argument("--max-model-len", type=int, default=10240)
+    parser.add_argument("--cases", type=_list(str), default=["decode", "ttft", "offline256"])
+    parser.add_argument("--batch-sizes", type=_list(int), default=[1, 8, 64, 256])
+    parser.add_argument("--lengths", type=_list(int), default=[128, 1024, 8192])
+    parser.add_argument("--server-flags", default="", help="more flags for lockstep serve")
+    parser.add_argument("--start-limit", type=float, default=300.0, help="seconds to become ready")
+    parser.add_argument("--seed", type=int, default=None, help="of the random prompts")
+    parser.add_argument("--quick", action="store_true", help="one repeat a case")
+    parser.add_argument("--dry-run", action="store_true", help="keep no file")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser
+
+
+def _list(kind: type) -> Any:
+    return lambda text: [kind(item) for item in text.split(",") if item]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
