@@ -1,0 +1,1 @@
+"""What several tests need: tiny checkpoints, ranks as threads, paged batches."""

@@ -1,0 +1,183 @@
+"""Every kind of bad input is INVALID_ARGUMENT naming field, value and limit, and harms nobody."""
+
+import asyncio
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from protos.lockstep.v1 import generate_pb2
+from tests.unit.coordinator.frontend.fake_engine import (
+    MAX_MODEL_LEN,
+    VOCAB_SIZE,
+    Served,
+    serving,
+    within,
+    write_text_model,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_model(tmp_path_factory.mktemp("text"))
+
+
+def request(text: str = "hello", **params: Any) -> generate_pb2.GenerateRequest:
+    return generate_pb2.GenerateRequest(
+        text=text, sampling_params=generate_pb2.SamplingParams(**params)
+    )
+
+
+def ids_request(*ids: int) -> generate_pb2.GenerateRequest:
+    return generate_pb2.GenerateRequest(token_ids=generate_pb2.TokenIds(ids=ids))
+
+
+def with_fields(**fields: Any) -> generate_pb2.GenerateRequest:
+    return generate_pb2.GenerateRequest(text="hello", **fields)
+
+
+def chat_request(*messages: generate_pb2.ChatMessage) -> generate_pb2.GenerateRequest:
+    return generate_pb2.GenerateRequest(chat=generate_pb2.ChatPrompt(messages=messages))
+
+
+_USER = generate_pb2.ChatMessage(role="user", content="hi")
+
+# What is sent, and words that the answer must have: field, value, limit.
+BAD = {
+    "no prompt": (generate_pb2.GenerateRequest(), ["prompt", "unset", "token_ids"]),
+    "empty text": (request(""), ["text", "''", "not empty"]),
+    "empty ids": (ids_request(), ["prompt tokens", "0", "at least 1"]),
+    "empty chat": (chat_request(), ["chat.messages", "0", "at least 1"]),
+    "too many messages": (chat_request(*[_USER] * 65), ["chat.messages", "65", "64"]),
+    "prompt too long": (ids_request(*[1] * MAX_MODEL_LEN), ["prompt tokens", "64", "at most 63"]),
+    "text too long in tokens": (request("q" * 100), ["prompt tokens", "100", "at most 63"]),
+    "10 MB of text": (request("a " * 5_000_000), ["length of text", "10000000", "at most"]),
+    "10 MB of chat": (
+        chat_request(generate_pb2.ChatMessage(role="user", content="a" * 10_000_000)),
+        ["length of chat.messages", "1000000", "at most"],
+    ),
+    "negative id": (ids_request(1, -3), ["token_ids.ids[1]", "-3", str(VOCAB_SIZE - 1)]),
+    "unknown id": (ids_request(VOCAB_SIZE), ["token_ids.ids[0]", "512", str(VOCAB_SIZE - 1)]),
+    "max_tokens 0": (request(max_tokens=0), ["max_tokens", "0", "at least 1"]),
+    "max_tokens too large": (request(max_tokens=500), ["max_tokens", "500", "at most"]),
+    "NaN temperature": (request(temperature=math.nan), ["temperature", "nan", "at least 0"]),
+    "infinite temperature": (request(temperature=math.inf), ["temperature", "inf", "at most 100"]),
+    "negative temperature": (request(temperature=-0.5), ["temperature", "-0.5", "at least 0"]),
+    "top_p 0": (request(top_p=0.0), ["top_p", "0", "above 0"]),
+    "top_p above 1": (request(top_p=1.5), ["top_p", "1.5", "at most 1"]),
+    "negative top_k": (request(top_k=-1), ["top_k", "-1", "at least 0"]),
+    "min_p above 1": (request(min_p=2.0), ["min_p", "2", "at most 1"]),
+    "repetition_penalty 0": (request(repetition_penalty=0.0), ["repetition_penalty", "0"]),
+    "presence_penalty": (request(presence_penalty=3.0), ["presence_penalty", "3", "at most 2"]),
+    "frequency_penalty": (
+        request(frequency_penalty=math.nan),
+        ["frequency_penalty", "nan", "at most 2"],
+    ),
+    "min_tokens above max": (request(max_tokens=3, min_tokens=4), ["min_tokens", "4", "3"]),
+    "many logprobs": (request(logprobs=21), ["logprobs", "21", "at most 20"]),
+    "many stops": (request(stop=["x"] * 17), ["stop", "17", "at most 16"]),
+    "empty stop": (request(stop=[""]), ["stop[0]", "''", "1 to 256"]),
+    "long stop": (request(stop=["x" * 257]), ["stop[0]", "1 to 256"]),
+    "many stop ids": (request(stop_token_ids=range(17)), ["stop_token_ids", "17", "at most 16"]),
+    "unknown stop id": (request(stop_token_ids=[9999]), ["stop_token_ids[0]", "9999", "511"]),
+    "long request id": (with_fields(request_id="r" * 257), ["request_id", "1 to 256"]),
+    "another model": (with_fields(model="gpt"), ["model", "'gpt'", "'tiny'"]),
+    "unknown resumed id": (
+        with_fields(resume_output_ids=[VOCAB_SIZE]),
+        ["resume_output_ids[0]", "512", "511"],
+    ),
+    "too many resumed ids": (
+        with_fields(resume_output_ids=[1] * 65),
+        ["resume_output_ids", "65", "64"],
+    ),
+}
+
+
+def check_refusals(
+    model: Path,
+    send: Callable[[Served], Any],
+    words: list[str],
+    reason: str = "invalid_argument",
+) -> None:
+    async def main() -> None:
+        async with serving(model) as served:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await within(send(served))
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            details = str(caught.value.details())
+            assert all(word in details for word in words), details
+            await within(served.engine.rejections_arrived.wait())
+            assert served.engine.rejected == {reason: 1}
+            assert served.engine.submits.empty()
+
+    asyncio.run(main())
+
+
+async def _drain(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
+def test_bad_requests_are_refused_naming_field_value_and_limit(model: Path) -> None:
+    async def main() -> None:
+        async with serving(model) as served:
+            bystander = served.stub.Generate(request())
+            submit = await served.engine.next_submit()
+            for name, (message, words) in BAD.items():
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await within(_drain(served.stub.Generate(message)))
+                assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, name
+                details = str(caught.value.details())
+                assert all(word in details for word in words), f"{name}: {details}"
+                assert len(details) < 1000, name
+            assert served.engine.submits.empty()
+            served.engine.send_outputs({submit.handle: [40, 41]})
+            served.engine.end(submit.handle)
+            await within(_drain(bystander))
+            abort = served.stub.Abort(generate_pb2.AbortRequest(request_id="nobody"))
+            await within(served.engine.aborts.get())  # all rejections were sent before it
+            abort.cancel()
+            assert served.engine.rejected == {"invalid_argument": len(BAD)}
+
+    asyncio.run(main())
+
+
+def _raw_generate(served: Served, raw: bytes) -> Any:
+    method = served.channel.unary_stream("/lockstep.v1.GenerateService/Generate")
+    return _drain(method(raw))
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"\x1a\x02\xff\xfe", ["text", r"b'\xff\xfe'", "valid UTF-8"]),
+        (b"\xff\xff\xff", ["request", "lockstep.v1.GenerateRequest"]),
+        (b"\x1a\x7fabc", ["request", "lockstep.v1.GenerateRequest"]),
+        (b"\x22\x06\x0a\x04\x12\x02\xc3\x28", ["chat.messages.content", "valid UTF-8"]),
+        (b"\x1a\x01a\xba\x3e\x01x", ["field 999", "GenerateRequest", "does not know"]),
+        (b"\x1a\x01a\x32\x03\xa0\x06\x01", ["field 100", "SamplingParams", "does not know"]),
+    ],
+    ids=["utf8", "garbage", "truncated", "nested utf8", "unknown field", "nested unknown field"],
+)
+def test_unparsable_bytes_are_invalid_argument(model: Path, raw: bytes, words: list[str]) -> None:
+    check_refusals(model, lambda served: _raw_generate(served, raw), words)
+
+
+def test_unary_call_refuses_in_the_same_words(model: Path) -> None:
+    message = generate_pb2.GenerateUnaryRequest(request=request(top_p=7.0))
+    check_refusals(model, lambda served: served.stub.GenerateUnary(message), ["top_p", "7", "1"])
+
+
+def test_bad_abort_is_refused_and_not_counted_as_a_request(model: Path) -> None:
+    async def main() -> None:
+        async with serving(model) as served:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await within(served.stub.Abort(generate_pb2.AbortRequest()))
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert "request_id" in str(caught.value.details())
+            assert not served.engine.rejected
+
+    asyncio.run(main())

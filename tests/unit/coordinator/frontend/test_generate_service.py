@@ -1,0 +1,369 @@
+"""A frontend with a scripted engine behind it: streams, ends, stop texts, cancellation."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from coordinator.frontend.tokenizer import Tokenizer
+from protos.lockstep.v1 import engine_pb2, generate_pb2
+from tests.unit.coordinator.frontend.fake_engine import (
+    MAX_MODEL_LEN,
+    MODEL_NAME,
+    VOCAB_SIZE,
+    Served,
+    serving,
+    within,
+    write_ids_only_model,
+    write_text_model,
+)
+
+Script = Callable[[Served], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_model(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def encode(model: Path) -> Callable[[str], list[int]]:
+    return Tokenizer.from_dir(model).encode
+
+
+def run(model: Path, script: Script, **settings: Any) -> None:
+    """Runs `script` against a serving frontend."""
+
+    async def main() -> None:
+        async with serving(model, **settings) as served:
+            await script(served)
+
+    asyncio.run(main())
+
+
+def text_request(text: str = "hello", **params: Any) -> generate_pb2.GenerateRequest:
+    return generate_pb2.GenerateRequest(
+        text=text, sampling_params=generate_pb2.SamplingParams(**params)
+    )
+
+
+async def collect(call: Any) -> list[generate_pb2.GenerateResponse]:
+    return await within(_collect(call))
+
+
+async def _collect(call: Any) -> list[generate_pb2.GenerateResponse]:
+    return [event async for event in call]
+
+
+async def failure(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await within(call)
+    return caught.value
+
+
+def ids_of(packed: bytes) -> list[int]:
+    ids: list[int] = np.frombuffer(packed, "<i4").tolist()
+    return ids
+
+
+def kinds(events: list[generate_pb2.GenerateResponse]) -> list[str]:
+    return [str(event.WhichOneof("event")) for event in events]
+
+
+def test_stream_is_started_deltas_finished_and_texts_join(model: Path, encode: Any) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.Generate(text_request("hello", seed=5, max_tokens=9))
+        submit = await served.engine.next_submit()
+        assert ids_of(submit.prompt_ids) == encode("hello")
+        assert submit.sampling_params.seed == 5
+        assert submit.sampling_params.max_tokens == 9
+        assert ids_of(submit.stop_ids) == [7]
+        output = encode("café 世界")
+        for token_id in output:
+            served.engine.send_outputs({submit.handle: [token_id]})
+        served.engine.end(submit.handle)
+        events = await collect(call)
+        assert kinds(events)[0] == "started" and kinds(events)[-1] == "finished"
+        assert set(kinds(events)[1:-1]) == {"delta"}
+        assert events[0].started.seed == 5
+        assert events[0].started.prompt_token_count == len(encode("hello"))
+        deltas = [event.delta for event in events[1:-1]]
+        assert "".join(delta.text for delta in deltas) == "café 世界"
+        assert [token_id for delta in deltas for token_id in delta.token_ids] == output
+        finished = events[-1].finished
+        assert finished.finish_reason == generate_pb2.FINISH_REASON_LENGTH
+        assert finished.usage.output_token_count == len(output)
+        assert finished.usage.prompt_token_count == len(encode("hello"))
+
+    run(model, script)
+
+
+def test_started_comes_with_acceptance_before_any_token(model: Path) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.Generate(text_request())
+        submit = await served.engine.next_submit()
+        served.engine.accept(submit.handle)
+        events = aiter(call)
+        event = await within(anext(events))
+        assert event.started.request_id == submit.request_id
+        served.engine.end(submit.handle, generate_pb2.FINISH_REASON_ABORTED)
+        assert kinds(await collect(events)) == ["finished"]
+
+    run(model, script)
+
+
+def test_tokens_that_queue_are_joined_in_one_delta(model: Path, encode: Any) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.Generate(text_request())
+        submit = await served.engine.next_submit()
+        for token_id in encode("hello world"):
+            served.engine.send_outputs({submit.handle: [token_id]})
+        served.engine.end(submit.handle)
+        assert len(await collect(call)) < 2 + len(encode("hello world"))
+
+    run(model, script)
+
+
+def test_unary_answer_is_the_stream_joined(model: Path, encode: Any) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.GenerateUnary(
+            generate_pb2.GenerateUnaryRequest(request=text_request(seed=1))
+        )
+        submit = await served.engine.next_submit()
+        served.engine.send_outputs({submit.handle: encode("he")})
+        served.engine.send_outputs({submit.handle: [*encode("llo"), 7]})
+        served.engine.end(submit.handle, generate_pb2.FINISH_REASON_STOP, stop_token_id=7)
+        response = await within(call)
+        assert response.started.seed == 1
+        assert response.output.text == "hello"
+        assert list(response.output.token_ids) == [*encode("he"), *encode("llo"), 7]
+        assert response.finished.stop_token_id == 7
+        assert response.finished.WhichOneof("matched_stop") == "stop_token_id"
+
+    run(model, script)
+
+
+def test_stop_text_finishes_at_once_and_releases_with_the_billed_count(
+    model: Path, encode: Any
+) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.Generate(text_request(stop=["END"]))
+        submit = await served.engine.next_submit()
+        assert not submit.sampling_params.stop
+        kept = encode("hello ")
+        served.engine.send_outputs({submit.handle: [*kept, *encode("END and more")]})
+        events = await collect(call)
+        assert "".join(event.delta.text for event in events) == "hello "
+        finished = events[-1].finished
+        assert finished.finish_reason == generate_pb2.FINISH_REASON_STOP
+        assert finished.stop == "END"
+        assert finished.usage.output_token_count == len(kept)
+        release = await served.engine.next_release()
+        assert (release.handle, release.reason) == (submit.handle, "stop")
+        assert release.output_token_count == len(kept)
+
+    run(model, script)
+
+
+def test_logprobs_travel_with_their_ids_beside_requests_without_any(
+    model: Path, encode: Any
+) -> None:
+    async def script(served: Served) -> None:
+        plain = served.stub.Generate(text_request())
+        plain_submit = await served.engine.next_submit()
+        wanting = served.stub.Generate(text_request(logprobs=1))
+        wanting_submit = await served.engine.next_submit()
+        gone = served.stub.Generate(text_request(logprobs=0))
+        gone_submit = await served.engine.next_submit()
+        gone.cancel()
+        assert (await served.engine.next_release()).handle == gone_submit.handle
+        ids = encode("abc")
+        entries = [generate_pb2.TokenLogprobs(logprob=-float(i)) for i in range(6)]
+        handles = (gone_submit.handle, plain_submit.handle, wanting_submit.handle)
+        served.engine.send_outputs(dict.fromkeys(handles, ids), entries)
+        for submit in (plain_submit, wanting_submit):
+            served.engine.end(submit.handle)
+        assert not any(event.delta.logprobs for event in await collect(plain))
+        logprobs = [
+            entry.logprob for event in await collect(wanting) for entry in event.delta.logprobs
+        ]
+        assert logprobs == [-3.0, -4.0, -5.0]
+
+    run(model, script)
+
+
+def test_resumed_ids_are_counted_and_not_sent_again(model: Path, encode: Any) -> None:
+    async def script(served: Served) -> None:
+        first, rest = encode("hello ")[:3], encode("world")
+        request = text_request(seed=2)
+        request.resume_output_ids.extend(first)
+        call = served.stub.Generate(request)
+        submit = await served.engine.next_submit()
+        assert ids_of(submit.resume_output_ids) == first
+        served.engine.send_outputs({submit.handle: rest})
+        served.engine.end(submit.handle)
+        events = await collect(call)
+        assert [i for event in events for i in event.delta.token_ids] == rest
+        assert events[-1].finished.usage.output_token_count == len(first) + len(rest)
+
+    run(model, script)
+
+
+def test_dropped_call_is_released_as_cancelled(model: Path, encode: Any) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.Generate(text_request())
+        submit = await served.engine.next_submit()
+        served.engine.send_outputs({submit.handle: encode("he")})
+        await within(anext(aiter(call)))
+        call.cancel()
+        release = await served.engine.next_release()
+        assert (release.handle, release.reason) == (submit.handle, "cancelled")
+
+    run(model, script)
+
+
+def test_dropped_unary_call_is_released_as_cancelled(model: Path) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.GenerateUnary(generate_pb2.GenerateUnaryRequest(request=text_request()))
+        submit = await served.engine.next_submit()
+        call.cancel()
+        assert (await served.engine.next_release()).handle == submit.handle
+
+    run(model, script)
+
+
+def test_passed_deadline_is_released_as_deadline(model: Path) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.Generate(text_request(), timeout=0.5)
+        submit = await served.engine.next_submit()
+        error = await failure(_collect(call))
+        assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        release = await served.engine.next_release()
+        assert (release.handle, release.reason) == (submit.handle, "deadline")
+
+    run(model, script)
+
+
+def test_lost_client_connection_releases_its_requests(model: Path) -> None:
+    async def script(served: Served) -> None:
+        channel = grpc.aio.insecure_channel(
+            f"127.0.0.1:{served.engine.port}", options=[("grpc.use_local_subchannel_pool", 1)]
+        )
+        method = channel.unary_stream(
+            "/lockstep.v1.GenerateService/Generate",
+            request_serializer=generate_pb2.GenerateRequest.SerializeToString,
+        )
+        call = method(text_request())
+        submit = await served.engine.next_submit()
+        await channel.close()
+        assert (await served.engine.next_release()).handle == submit.handle
+        assert call.done()
+
+    run(model, script)
+
+
+def test_engine_refusal_is_the_only_answer_with_its_retry_hint(model: Path) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.Generate(text_request())
+        submit = await served.engine.next_submit()
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED
+        served.engine.refuse(submit.handle, code, "queue is full: 1024 requests", 2.5)
+        error = await failure(_collect(call))
+        assert error.code() == code
+        assert error.details() == "queue is full: 1024 requests"
+        assert ("grpc-retry-pushback-ms", "2500") in tuple(error.trailing_metadata())
+
+    run(model, script)
+
+
+def test_rank_lost_in_the_middle_ends_the_stream_after_its_tokens(model: Path, encode: Any) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.Generate(text_request())
+        submit = await served.engine.next_submit()
+        served.engine.send_outputs({submit.handle: encode("he")})
+        served.engine.refuse(submit.handle, grpc.StatusCode.UNAVAILABLE, "rank 1 lost at step 9")
+        events = aiter(call)
+        first = [await within(anext(events)), await within(anext(events))]
+        assert kinds(first) == ["started", "delta"]
+        error = await failure(_collect(events))
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        assert error.details() == "rank 1 lost at step 9"
+
+    run(model, script)
+
+
+def test_abort_asks_the_engine_by_name(model: Path) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.Abort(generate_pb2.AbortRequest(request_id="r-1"))
+        question = await within(served.engine.aborts.get())
+        assert question.request_id == "r-1"
+        served.engine.send(
+            abort_outcome=engine_pb2.AbortOutcome(query=question.query, was_active=True)
+        )
+        assert (await within(call)).was_active
+
+    run(model, script)
+
+
+def test_model_and_server_info(model: Path) -> None:
+    async def script(served: Served) -> None:
+        answer = await served.stub.GetModelInfo(generate_pb2.GetModelInfoRequest())
+        assert (answer.model, answer.max_model_len) == (MODEL_NAME, MAX_MODEL_LEN)
+        assert answer.vocab_size == VOCAB_SIZE
+        assert list(answer.eos_token_ids) == [7]
+        assert answer.has_tokenizer and answer.has_chat_template
+        assert len(answer.model_digest) == 64
+        server = await served.stub.GetServerInfo(generate_pb2.GetServerInfoRequest())
+        assert server.epoch == 3
+
+    run(model, script)
+
+
+def test_many_streams_at_once_keep_their_ids_apart(model: Path, encode: Any) -> None:
+    async def script(served: Served) -> None:
+        calls = {}
+        for index in range(32):
+            request = text_request()
+            request.request_id = f"r{index}"
+            calls[index] = asyncio.create_task(_collect(served.stub.Generate(request)))
+        handles = {}
+        for _ in calls:
+            submit = await served.engine.next_submit()
+            handles[int(submit.request_id[1:])] = submit.handle
+        texts = {index: f"stream {index} says {index * index}" for index in calls}
+        outputs = {index: encode(text) for index, text in texts.items()}
+        for position in range(max(map(len, outputs.values()))):
+            served.engine.send_outputs(
+                {handles[i]: ids[position : position + 1] for i, ids in outputs.items()}
+            )
+        for handle in handles.values():
+            served.engine.end(handle)
+        for index, task in calls.items():
+            events = await within(task)
+            assert "".join(event.delta.text for event in events) == texts[index]
+            assert kinds(events).count("finished") == 1
+
+    run(model, script)
+
+
+def test_folder_without_tokenizer_takes_ids_and_refuses_text_and_chat(tmp_path: Path) -> None:
+    async def script(served: Served) -> None:
+        chat = generate_pb2.ChatPrompt(messages=[generate_pb2.ChatMessage(role="user")])
+        for request in (text_request(), generate_pb2.GenerateRequest(chat=chat)):
+            error = await failure(_collect(served.stub.Generate(request)))
+            assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
+            assert "tokenizer" in str(error.details())
+        ids = generate_pb2.TokenIds(ids=[1, 2])
+        call = served.stub.Generate(generate_pb2.GenerateRequest(token_ids=ids))
+        submit = await served.engine.next_submit()
+        served.engine.send_outputs({submit.handle: [3, 4]})
+        served.engine.end(submit.handle)
+        events = await collect(call)
+        assert [i for event in events for i in event.delta.token_ids] == [3, 4]
+        assert served.engine.rejected == {"failed_precondition": 2}
+
+    run(write_ids_only_model(tmp_path), script)

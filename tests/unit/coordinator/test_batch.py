@@ -1,0 +1,205 @@
+"""Histories of a batch against a rank that computes: planned ahead, stopped, preempted, ended."""
+
+import struct
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.batch import Batch, BatchLimits
+from coordinator.errors import ProtocolBroken
+from coordinator.request import Request, RequestState, Sampling
+from protos.lockstep.v1 import worker_pb2
+from tests.helpers.fake_worker import FakeSettings, FakeWorker, expected_output
+
+BLOCK_SIZE = 4
+
+
+def make_request(
+    order: int, prompt: list[int], max_tokens: int, stop_ids: tuple[int, ...] = ()
+) -> Request:
+    sampling = Sampling(0.0, 0, 1.0, 0.0, 7, 1.0, 0.0, 0.0, 0, stop_ids, -1)
+    prompt_ids = np.array(prompt, dtype=np.int32)
+    return Request(order, 0, order, str(order), prompt_ids, max_tokens, sampling, 0.0)
+
+
+class Rank:
+    """Runs commands in this process: the fake worker's tables without its server."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.worker = FakeWorker.__new__(FakeWorker)
+        self.worker.settings = FakeSettings()
+        self.worker.config = worker_pb2.EngineConfig(
+            max_num_seqs=batch.limits.max_num_seqs, block_size=BLOCK_SIZE, max_model_len=10**6
+        )
+        self.worker._slots, self.worker._rows = {}, {}
+        self.worker._num_blocks, self.worker._rank = batch.limits.num_blocks, 0
+
+    def run(self, packed: bytes) -> worker_pb2.StepResult:
+        command = worker_pb2.ExecuteRequest.FromString(packed).command
+        delta = worker_pb2.TableDelta.FromString(command.delta)
+        self.worker._apply(delta)
+        assert command.table_digest == self.worker.digest()
+        (report,) = self.worker._run(command, delta)
+        return report.result
+
+
+def apply(batch: Batch, result: worker_pb2.StepResult) -> None:
+    """What results.py does, without frontends."""
+    token_ids = struct.unpack(f"<{len(result.token_ids) // 4}i", result.token_ids)
+    entries = batch.resolve(result.command_id, result.step)
+    for request, token_id, flags in zip(entries, token_ids, result.flags, strict=True):
+        if request.is_finished:
+            continue
+        assert token_id >= 0, "a live row was inert"
+        request.output_ids.append(token_id)
+        if flags or len(request.output_ids) == request.max_tokens:
+            batch.finish(request)
+
+
+def make_batch(num_blocks: int = 12, max_num_seqs: int = 4, seed: int = 0) -> Batch:
+    order = np.random.default_rng(seed).permutation(np.arange(1, num_blocks)).tolist()
+    return Batch(1, BatchLimits(num_blocks, BLOCK_SIZE, max_num_seqs, 12), order)
+
+
+class History:
+    """A batch, the rank that runs its commands, and what every request must get."""
+
+    def __init__(self, batch: Batch, arrivals: list[tuple[int, int, bool]]) -> None:
+        self.batch = batch
+        self.rank = Rank(batch)
+        self.pending = deque(arrivals)
+        self.requests: list[Request] = []
+        self.wanted: list[list[int]] = []
+        self.cancelled: set[int] = set()
+        self.unreported: deque[worker_pb2.StepResult] = deque()
+
+    def arrive(self) -> None:
+        if not self.pending:
+            return
+        prompt_len, max_tokens, stops = self.pending.popleft()
+        order = len(self.requests)
+        prompt = [(order * 31 + index) % 1000 for index in range(prompt_len)]
+        alone = expected_output(prompt, max_tokens)
+        stop_ids = (alone[len(alone) // 2],) if stops else ()
+        self.wanted.append(expected_output(prompt, max_tokens, stop_ids))
+        self.requests.append(make_request(order, prompt, max_tokens, stop_ids))
+        self.batch.enqueue(self.requests[-1])
+
+    def cancel(self) -> None:
+        if self.requests and not self.requests[-1].is_finished:
+            self.cancelled.add(self.requests[-1].order)
+            self.batch.finish(self.requests[-1])
+
+    def send(self) -> None:
+        if len(self.unreported) < 3 and (command := self.batch.next_command(True)) is not None:
+            self.unreported.append(self.rank.run(command))
+
+    def report(self) -> None:
+        if self.unreported:
+            apply(self.batch, self.unreported.popleft())
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 5),
+    arrivals=st.lists(
+        st.tuples(st.integers(1, 20), st.integers(1, 20), st.booleans()), min_size=1, max_size=12
+    ),
+    moves=st.lists(st.sampled_from(["arrive", "arrive", "cancel", "send", "report"]), max_size=60),
+)
+def test_any_history_gives_every_request_the_tokens_that_it_gets_alone(
+    seed: int, arrivals: list[tuple[int, int, bool]], moves: list[str]
+) -> None:
+    history = History(make_batch(seed=seed), arrivals)
+    batch = history.batch
+    for move in [*moves, *(["arrive"] * len(arrivals))]:
+        getattr(history, move)()
+        batch.check()
+    for _ in range(5000):
+        if all(request.is_finished for request in history.requests) and not history.unreported:
+            break
+        history.send()
+        history.report()
+        batch.check()
+    for request, tokens in zip(history.requests, history.wanted, strict=True):
+        assert request.is_finished
+        if request.order in history.cancelled:
+            tokens = tokens[: len(request.output_ids)]
+        assert request.output_ids == tokens
+    assert batch.allocator.num_free_blocks == batch.allocator.num_usable_blocks
+    assert batch.slots.num_free_slots == batch.limits.max_num_seqs
+
+
+def test_a_preempted_request_keeps_tokens_in_flight_and_waits_for_the_last_of_them() -> None:
+    batch = make_batch(num_blocks=7)
+    rank = Rank(batch)
+    old, young = make_request(1, [1] * 7, 16), make_request(2, [2] * 7, 16)
+    batch.enqueue(old)
+    batch.enqueue(young)
+    unreported: deque[worker_pb2.StepResult] = deque()
+    while young.state is not RequestState.PREEMPTED:
+        command = batch.next_command(with_table_digest=True)
+        assert command is not None
+        unreported.append(rank.run(command))
+        if len(unreported) > 2:
+            apply(batch, unreported.popleft())
+    had = len(young.output_ids)
+    assert unreported and not next(iter(batch._waiting_views())).is_ready
+    while batch.last_reported_step < young.ready_after_step:
+        apply(batch, unreported.popleft())
+    assert len(young.output_ids) > had
+    assert next(iter(batch._waiting_views())).is_ready
+    assert young.output_ids == expected_output([2] * 7, len(young.output_ids))
+
+
+def test_the_last_row_leaves_before_its_results_have_come() -> None:
+    batch = make_batch()
+    rank = Rank(batch)
+    request = make_request(1, [5], 2)
+    batch.enqueue(request)
+    results = []
+    while (command := batch.next_command(with_table_digest=True)) is not None:
+        results.append(rank.run(command))
+    assert request.state is RequestState.COMPLETING and len(results) == 2
+    assert batch.allocator.num_free_blocks == batch.allocator.num_usable_blocks
+    for result in results:
+        apply(batch, result)
+    assert request.output_ids == expected_output([5], 2)
+
+
+def test_a_heartbeat_carries_what_was_closed() -> None:
+    batch = make_batch()
+    rank = Rank(batch)
+    batch.enqueue(make_request(1, [5], 1))
+    command = batch.next_command(with_table_digest=True)
+    assert command is not None
+    rank.run(command)
+    assert batch.next_command() is None
+    beat = worker_pb2.ExecuteRequest.FromString(batch.heartbeat_command()).command
+    assert (beat.command_id, beat.first_step, beat.step_count) == (2, 2, 0)
+    delta = worker_pb2.TableDelta.FromString(beat.delta)
+    assert struct.unpack("<i", delta.closed_slots) == (1,)
+
+
+@pytest.mark.parametrize(("command_id", "step"), [(2, 2), (1, 2), (2, 1), (0, 0)])
+def test_a_result_out_of_turn_is_refused(command_id: int, step: int) -> None:
+    batch = make_batch()
+    batch.enqueue(make_request(1, [5], 9))
+    assert batch.next_command() and batch.next_command()
+    with pytest.raises(ProtocolBroken, match="awaited: command 1 step 1"):
+        batch.resolve(command_id, step)
+
+
+def test_the_audit_finds_a_block_with_two_owners() -> None:
+    batch = make_batch()
+    one, two = make_request(1, [5], 9), make_request(2, [6], 9)
+    batch.enqueue(one)
+    batch.enqueue(two)
+    assert batch.next_command()
+    batch.check()
+    two.block_ids[0] = one.block_ids[0]
+    with pytest.raises(AssertionError):
+        batch.check()

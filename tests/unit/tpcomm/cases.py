@@ -1,0 +1,264 @@
+"""What the ranks do in the collective tests: each function runs on every rank of a pool."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tests.unit.tpcomm.rank_pool import Rank
+from tpcomm import CommAborted, CommError, CommTimeout, ReduceOp
+
+ABORT_TIMEOUT_S = 4.0
+
+
+def make_input(rank: int, shape: tuple[int, ...], dtype: torch.dtype, integral: bool) -> Tensor:
+    """Rank `rank`'s input, the same wherever it is computed."""
+    generator = torch.Generator().manual_seed(1000 + rank)
+    if integral or not dtype.is_floating_point:
+        return torch.randint(-40, 40, shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def expected_reduction(inputs: list[Tensor], op: ReduceOp) -> Tensor:
+    """Rank order; 16-bit floats in float32, rounded once."""
+    wide = torch.float32 if inputs[0].dtype.itemsize == 2 else inputs[0].dtype
+    total = inputs[0].to(wide)
+    for part in inputs[1:]:
+        total = torch.maximum(total, part.to(wide)) if op == ReduceOp.MAX else total + part.to(wide)
+    return total.to(inputs[0].dtype)
+
+
+def digest(tensor: Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+
+
+def all_reduce(
+    rank: Rank,
+    backend: str,
+    group_id: bytes,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    op: ReduceOp,
+    integral: bool,
+) -> str:
+    comm = rank.shared(backend, group_id)
+    inputs = [make_input(r, shape, dtype, integral) for r in range(rank.world_size)]
+    tensor = inputs[rank.rank].to(rank.device, copy=True)
+    before = comm.stats.all_reduce.calls, comm.stats.all_reduce.bytes
+    result = comm.all_reduce(tensor, op)
+    assert result is tensor
+    after = comm.stats.all_reduce.calls, comm.stats.all_reduce.bytes
+    assert after == (before[0] + 1, before[1] + tensor.nbytes)
+    torch.testing.assert_close(tensor.cpu(), expected_reduction(inputs, op), rtol=0, atol=0)
+    return digest(tensor)
+
+
+def all_gather(
+    rank: Rank, backend: str, group_id: bytes, shape: tuple[int, ...], dtype: torch.dtype
+) -> str:
+    comm = rank.shared(backend, group_id)
+    inputs = [make_input(r, shape, dtype, True) for r in range(rank.world_size)]
+    tensor = inputs[rank.rank].to(rank.device, copy=True)
+    fresh = comm.all_gather(tensor)
+    out = torch.empty((rank.world_size, *shape), dtype=dtype, device=rank.device)
+    assert comm.all_gather(tensor, out) is out
+    expected = torch.stack(inputs)
+    assert torch.equal(fresh.cpu(), expected)
+    assert torch.equal(out.cpu(), expected)
+    assert torch.equal(tensor.cpu(), inputs[rank.rank])
+    return digest(out)
+
+
+def broadcast(
+    rank: Rank, backend: str, group_id: bytes, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    comm = rank.shared(backend, group_id)
+    for root in range(rank.world_size):
+        tensor = make_input(rank.rank, shape, dtype, True).to(rank.device)
+        assert comm.broadcast(tensor, root) is tensor
+        assert torch.equal(tensor.cpu(), make_input(root, shape, dtype, True))
+
+
+def mixed_sequence(rank: Rank, backend: str, group_id: bytes) -> str:
+    """Many different calls back to back, with ranks out of step: slots must not be reused early."""
+    comm = rank.shared(backend, group_id)
+    digests = hashlib.sha256()
+    for step in range(60):
+        if step % rank.world_size == rank.rank:
+            time.sleep(0.0005)  # load for the test, not synchronisation
+        value = torch.full((1 + 37 * (step % 9),), float(rank.rank + step), device=rank.device)
+        digests.update(digest(comm.all_reduce(value.clone())).encode())
+        digests.update(digest(comm.all_gather(value[:3])).encode())
+        root = step % rank.world_size
+        comm.broadcast(value, root)
+        assert value[0].item() == root + step
+        if step % 20 == 0:
+            comm.barrier(20.0)
+    return digests.hexdigest()
+
+
+def inference_mode(rank: Rank, backend: str, group_id: bytes) -> None:
+    """A shape first used in inference mode is used outside afterwards, and the other way round."""
+    comm = rank.shared(backend, group_id)
+    for modes in ((True, False), (False, True)):
+        length = 11 if modes[0] else 13
+        for mode in modes:
+            with torch.inference_mode(mode):
+                tensor = torch.ones(length, device=rank.device)
+                comm.all_reduce(tensor)
+                assert tensor[0].item() == rank.world_size
+
+
+def refusals(rank: Rank, backend: str, group_id: bytes) -> list[str]:
+    """Messages of the calls that every backend refuses, without harm to the group."""
+    comm = rank.shared(backend, group_id)
+    square = torch.zeros(4, 4, device=rank.device)
+    buffer = torch.zeros((rank.world_size + 1) * 4, device=rank.device)
+    overlapping = buffer[: rank.world_size * 4].view(rank.world_size, 4)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: comm.all_reduce(square.t()),
+        lambda: comm.all_reduce(torch.zeros(2, dtype=torch.bool, device=rank.device)),
+        lambda: comm.all_reduce(torch.zeros(2, device="meta")),
+        lambda: comm.all_gather(square, torch.zeros(4, 4, device=rank.device)),
+        lambda: comm.all_gather(buffer[2:6], overlapping),
+        lambda: comm.broadcast(square, rank.world_size),
+    ]
+    messages = []
+    for call in calls:
+        try:
+            call()
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            messages.append("accepted")
+    comm.barrier(20.0)
+    return messages
+
+
+def join_and_close(rank: Rank, backend: str, group_id: bytes) -> str:
+    comm = rank.join(backend, group_id, 20.0)
+    comm.all_reduce(torch.ones(4, device=rank.device))
+    comm.close()
+    comm.close()
+    try:
+        comm.all_reduce(torch.ones(4, device=rank.device))
+    except CommError as error:
+        return str(error)
+    return "accepted"
+
+
+def join_with_absent_rank(
+    rank: Rank, backend: str, group_id: bytes, absent: int
+) -> tuple[str, tuple[int, ...]]:
+    if rank.rank == absent:
+        return "absent", ()
+    try:
+        rank.join(backend, group_id, 1.0)
+    except CommTimeout as error:
+        return str(error), error.missing_ranks
+    return "joined", ()
+
+
+def call_with_absent_rank(
+    rank: Rank, backend: str, group_id: bytes, absent: int, call: str
+) -> tuple[str, tuple[int, ...]]:
+    """All but one rank issue a collective; what they are told."""
+    comm = rank.join(backend, group_id, 1.0)
+    comm.all_reduce(torch.ones(3, device=rank.device))
+    if rank.rank == absent:
+        rank.communicators[group_id] = comm  # stays away, but alive
+        return "absent", ()
+    try:
+        if call == "barrier":
+            comm.barrier(0.3)
+        else:
+            comm.all_reduce(torch.ones(3, device=rank.device))
+    except CommTimeout as error:
+        comm.close()
+        return str(error), error.missing_ranks
+    return "completed", ()
+
+
+def abort_while_waiting(rank: Rank, backend: str, group_id: bytes) -> tuple[str, float]:
+    """The last rank stays away; every other rank is freed by an abort from its own thread."""
+    comm = rank.join(backend, group_id, ABORT_TIMEOUT_S)
+    if rank.rank == rank.world_size - 1:
+        rank.communicators[group_id] = comm  # stays away, but alive
+        return "absent", 0.0
+    timer = threading.Timer(0.1, comm.abort)
+    timer.start()
+    begin = time.monotonic()
+    try:
+        comm.all_reduce(torch.ones(3, device=rank.device))
+        if rank.device.type == "cuda":  # the call only enqueues
+            comm.barrier(ABORT_TIMEOUT_S)
+        outcome = "completed"
+    except CommAborted:
+        outcome = "aborted"
+    waited = time.monotonic() - begin
+    timer.join(10)
+    try:
+        comm.all_reduce(torch.ones(3, device=rank.device))
+        outcome += ", then usable"
+    except CommAborted:
+        outcome += ", then refused"
+    return outcome, waited
+
+
+def mismatched_calls(rank: Rank, group_id: bytes) -> str:
+    comm = rank.join("shm", group_id, 5.0)
+    try:
+        comm.all_reduce(torch.ones(3 if rank.rank == 0 else 5))
+    except CommError as error:
+        return str(error)
+    return "completed"
+
+
+def kill_a_rank(rank: Rank, group_id: bytes) -> tuple[str, list[str]]:
+    """Rank 1 dies by SIGKILL inside the group: what rank 0 is told, and what is left mapped."""
+    if rank.rank == 1:
+        child = os.fork()
+        if child == 0:
+            comm = rank.join("shm", group_id, 10.0)
+            comm.all_reduce(torch.ones(3))
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        return "", _segments_in_use()
+    comm = rank.join("shm", group_id, 2.0)
+    comm.all_reduce(torch.ones(3))
+    try:
+        comm.all_reduce(torch.ones(3))
+        outcome = "completed"
+    except CommTimeout as error:
+        outcome = str(error)
+    comm.close()
+    del comm
+    return outcome, _segments_in_use()
+
+
+def segment_mapped(rank: Rank, group_id: bytes) -> bool:
+    """Whether the probe used by kill_a_rank sees a segment that is in use."""
+    comm = rank.join("shm", group_id, 10.0)
+    seen = any(_name_of(group_id) in line for line in _segments_in_use())
+    comm.close()
+    return seen
+
+
+def _name_of(group_id: bytes) -> str:
+    from tpcomm.group_id import parse_group_id
+
+    return parse_group_id(group_id, "shm").name
+
+
+def _segments_in_use() -> list[str]:
+    with open("/proc/self/maps") as maps:
+        mapped = [line for line in maps if "tpcomm-" in line]
+    return mapped + [name for name in os.listdir("/dev/shm") if "tpcomm" in name]

@@ -1,0 +1,77 @@
+"""The staging path between two processes, on host memory and under Triton's interpreter.
+
+Started by test_staging.py. Buffers are made, exported, exchanged and mapped as on GPUs; what torch
+needs of CUDA is replaced by nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import sys
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tests.unit.tpcomm.cases import expected_reduction, make_input
+from tests.unit.tpcomm.host_driver import HostDriver, tensor_at
+from tpcomm import ReduceOp, staging
+from tpcomm.allreduce_kernels import CHUNK_BYTES
+from tpcomm.cuda_driver import CudaDriver
+from tpcomm.group_id import new_name
+from tpcomm.staging import Staging
+
+WORLD_SIZE = 2
+STAGING_BYTES = 4 * CHUNK_BYTES
+HOST = torch.device("cpu", 0)
+
+
+def without_cuda() -> None:
+    def nothing(*arguments: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def same(tensor: Tensor) -> Tensor:
+        return tensor
+
+    replaced: list[tuple[object, str, object]] = [
+        (torch.cuda, name, nothing) for name in ("Stream", "stream", "device", "synchronize")
+    ]
+    replaced += [(Tensor, "pin_memory", same), (staging, "tensor_at", tensor_at)]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
+
+
+def run_rank(name: str, rank: int) -> None:
+    without_cuda()
+    driver = cast(CudaDriver, HostDriver())
+    buffers = Staging(rank, WORLD_SIZE, HOST, STAGING_BYTES + 5, driver)
+    assert buffers.limit_bytes == STAGING_BYTES
+    buffers.connect(name, 20.0)
+    assert len(set(buffers.tables.bases.tolist())) == WORLD_SIZE
+    for num_elements in (1, 5000, STAGING_BYTES // 4, 333, 5000):
+        inputs = [make_input(r, (num_elements,), torch.float32, False) for r in range(WORLD_SIZE)]
+        tensor = buffers.all_reduce(inputs[rank].clone(), ReduceOp.SUM)
+        assert torch.equal(tensor, expected_reduction(inputs, ReduceOp.SUM)), num_elements
+    if rank == 0:  # rank 1 does not take part: without the abort word this would not return
+        buffers.abort()
+        buffers.all_reduce(torch.ones(8), ReduceOp.SUM)
+    buffers.close()
+
+
+def main() -> None:
+    name = new_name()
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=run_rank, args=(name, rank)) for rank in range(WORLD_SIZE)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    sys.exit(f"exit codes {codes}" if codes != [0] * WORLD_SIZE else 0)
+
+
+if __name__ == "__main__":
+    main()

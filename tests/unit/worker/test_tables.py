@@ -1,0 +1,177 @@
+"""The fence and the tables refuse every command that is not the next sensible one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from protos.lockstep.v1.worker_pb2 import SlotOpen, StepCommand, TableDelta
+from worker.errors import CommandRefused
+from worker.tables import BatchTables, CommandFence, TableLimits
+
+LIMITS = TableLimits(
+    max_num_seqs=4,
+    max_batch_tokens=16,
+    max_blocks_per_seq=3,
+    block_size=4,
+    num_blocks=9,
+    vocab_size=100,
+)
+
+
+def packed(*numbers: int) -> bytes:
+    return np.asarray(numbers, "<i4").tobytes()
+
+
+def opening(slot: int = 1, **fields: object) -> SlotOpen:
+    values: dict[str, object] = {
+        "prompt_len": 5,
+        "prefill_len": 5,
+        "limit": 8,
+        "block_ids": packed(3, 4),
+    }
+    return SlotOpen(slot=slot, **{**values, **fields})  # type: ignore[arg-type]
+
+
+def whole_prompt(slot: int = 1) -> TableDelta:
+    return TableDelta(
+        opened_slots=[opening(slot, block_ids=packed(2 * slot, 2 * slot + 1))],
+        chunks=packed(slot, 0, 5),
+        chunk_token_ids=packed(1, 2, 3, 4, 5),
+    )
+
+
+def decoding_tables() -> BatchTables:
+    """Slots 1 and 2 are prefilled and are rows 0 and 1."""
+    tables = BatchTables(LIMITS)
+    tables.apply(whole_prompt(1))
+    tables.apply(whole_prompt(2))
+    tables.apply(TableDelta(row_changes=packed(0, 1, 1, 2), row_count=2))
+    return tables
+
+
+def test_applied_delta_lists_every_write_for_the_device() -> None:
+    applied = BatchTables(LIMITS).apply(whole_prompt())
+    assert applied.blocks == [(1, 0, 2), (1, 1, 3)]
+    assert applied.limits == [(1, 8)]
+    assert [chunk.is_final for chunk in applied.chunks] == [True]
+    assert applied.chunks[0].token_ids.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_chunks_must_follow_each_other_without_gaps() -> None:
+    tables = BatchTables(LIMITS)
+    first = TableDelta(
+        opened_slots=[opening()], chunks=packed(1, 0, 2), chunk_token_ids=packed(1, 2)
+    )
+    assert not tables.apply(first).chunks[0].is_final
+    rest = TableDelta(chunks=packed(1, 2, 3), chunk_token_ids=packed(3, 4, 5))
+    assert tables.apply(rest).chunks[0].is_final
+
+
+def test_slot_closed_by_a_command_may_be_opened_by_the_same_command() -> None:
+    tables = decoding_tables()
+    tables.apply(
+        TableDelta(
+            closed_slots=packed(1),
+            opened_slots=[opening(1)],
+            row_changes=packed(0, 2, 1, 0),
+            row_count=1,
+        )
+    )
+    assert tables.row_slots[:2].tolist() == [2, 0]
+    assert not tables.sequences[1].is_decoding
+
+
+REFUSED: dict[str, Callable[[], TableDelta]] = {
+    "slot 0 is not in 1..4": lambda: TableDelta(opened_slots=[opening(0)]),
+    "slot 5 is not in 1..4": lambda: TableDelta(opened_slots=[opening(5)]),
+    "slot 3, which is not open": lambda: TableDelta(closed_slots=packed(3)),
+    "slot 1 is open": lambda: TableDelta(opened_slots=[opening(1)]),
+    "prompt_len 6 and prefill_len 5": lambda: TableDelta(opened_slots=[opening(3, prompt_len=6)]),
+    "block 0 is not in": lambda: TableDelta(opened_slots=[opening(3, block_ids=packed(0))]),
+    "block 9 is not in": lambda: TableDelta(opened_slots=[opening(3, block_ids=packed(9))]),
+    "limit 9 is not between": lambda: TableDelta(limits=packed(1, 9)),
+    "limit 7 is not between": lambda: TableDelta(limits=packed(1, 7)),
+    "index 3 is not the next": lambda: TableDelta(block_appends=packed(1, 3, 5)),
+    "not a multiple of 12": lambda: TableDelta(block_appends=packed(1, 3)),
+    "does not follow": lambda: TableDelta(chunks=packed(1, 0, 1), chunk_token_ids=packed(1)),
+    "chunks name 1 token ids, 2 came": lambda: TableDelta(
+        opened_slots=[opening(3)], chunks=packed(3, 0, 1), chunk_token_ids=packed(1, 2)
+    ),
+    "not in 0..99": lambda: TableDelta(
+        opened_slots=[opening(3)], chunks=packed(3, 0, 1), chunk_token_ids=packed(100)
+    ),
+    "row 4 is not in": lambda: TableDelta(row_changes=packed(4, 1), row_count=2),
+    "row_count is 1": lambda: TableDelta(row_count=1),
+    "name slot 1": lambda: TableDelta(row_changes=packed(1, 1), row_count=2),
+    "still in prefill": lambda: TableDelta(
+        opened_slots=[opening(3)], row_changes=packed(2, 3), row_count=3
+    ),
+    "rows names slot 2, which is not open": lambda: TableDelta(closed_slots=packed(2), row_count=2),
+    "above max_batch_tokens 16": lambda: TableDelta(
+        opened_slots=[
+            opening(3, prefill_len=12, limit=12, block_ids=packed(6, 7, 8)),
+            opening(4, prefill_len=12, limit=12, block_ids=packed(6, 7, 8)),
+        ],
+        chunks=packed(3, 0, 12, 4, 0, 3),
+        chunk_token_ids=packed(*range(15)),
+        row_count=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_senseless_delta_is_refused_by_name(message: str) -> None:
+    with pytest.raises(CommandRefused, match=message):
+        tables = decoding_tables()
+        delta = REFUSED[message]()
+        if not delta.row_count:
+            delta.row_count = 2
+        tables.apply(delta)
+
+
+def test_table_digest_covers_rows_slots_limits_and_blocks() -> None:
+    expected = [2, 1, 2, 1, 5, 5, 8, 2, 2, 3, 2, 5, 5, 8, 2, 4, 5]
+    digest = hashlib.blake2b(packed(*expected), digest_size=32).digest()[:8]
+    assert decoding_tables().digest() == digest
+
+
+def command(number: int, previous: bytes = bytes(8), **fields: Any) -> StepCommand:
+    delta = b"delta"
+    values: dict[str, Any] = {
+        "command_id": number,
+        "epoch": 7,
+        "first_step": number,
+        "step_count": 1,
+        "delta": delta,
+        "digest": hashlib.blake2b(previous + delta, digest_size=32).digest()[:8],
+    }
+    return StepCommand(**{**values, **fields})
+
+
+def test_commands_in_order_pass_the_fence() -> None:
+    fence = CommandFence(epoch=7)
+    first = command(1)
+    fence.check(first)
+    fence.check(command(2, first.digest))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epoch": 6}, "epoch 6, this is 7"),
+        ({"command_id": 2}, "command 2 came after 0"),
+        ({"command_id": 0}, "command 0 came after 0"),
+        ({"first_step": 2}, "the next here is 1"),
+        ({"step_count": -1}, "grants -1 steps"),
+        ({"digest": bytes(8)}, "coordinator's digest 0000000000000000, ours"),
+        ({"delta": b"flipped"}, "digest"),
+    ],
+)
+def test_command_that_is_not_the_next_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(CommandRefused, match=message):
+        CommandFence(epoch=7).check(command(1, **fields))
