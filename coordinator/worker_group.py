@@ -108,10 +108,16 @@ class _StepStream:
         try:
             while (report := await self._call.read()) is not grpc.aio.EOF:
                 take_report(self._rank, report)
-            problem = "it ended the step stream"
-            status = await self._call.code()
-            if status is not grpc.StatusCode.OK:
-                problem = f"its step stream broke: {status.name} {await self._call.details()}"
+            problem = _describe_end(await self._call.code(), await self._call.details())
         except grpc.aio.AioRpcError as error:
-            problem = f"its step stream broke: {error.code().name} {error.details()}"
+            problem = _describe_end(error.code(), error.details())
         raise RankLost(self._rank, 0, problem)
+
+
+def _describe_end(status: grpc.StatusCode, details: str | None) -> str:
+    # A write that meets a stream which its server has just ended replaces the server's status by
+    # this one (grpc/grpc#36066); the rank's own words come with its answer to Quiesce.
+    is_overwritten = (status, details) == (grpc.StatusCode.INTERNAL, "Internal error from Core")
+    if status is grpc.StatusCode.OK or is_overwritten:
+        return "it ended the step stream"
+    return f"its step stream broke: {status.name} {details}"

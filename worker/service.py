@@ -27,6 +27,7 @@ _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 Context: TypeAlias = Any  # grpc.aio.ServicerContext; grpc carries no types
 _DRAIN_LIMIT_S = 1.5
+_LAST_WORDS_LIMIT_S = 1.0
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
@@ -145,6 +146,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         try:
             async for report in stream.reports():
                 yield report
+            # Until the coordinator has read why, it may still write; a write that meets an ended
+            # stream would cost it what it has not read yet (grpc/grpc#36066).
+            await asyncio.wait([receiver], timeout=_LAST_WORDS_LIMIT_S)
         finally:
             receiver.cancel()
             with suppress(asyncio.CancelledError, grpc.aio.AbortError):

@@ -189,7 +189,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 return
             if command.command_id == settings.fail_at_command:
                 yield self._failure(command, settings.fail_message, is_refusal=False)
-                return
+                break
             try:
                 if command.command_id == settings.refuse_at_command:
                     raise Refusal("planted refusal")
@@ -200,12 +200,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                     raise Refusal(f"tables differ at command {command.command_id}")
             except Refusal as refusal:
                 yield self._failure(command, str(refusal), is_refusal=True)
-                return
+                break
             self.commands.append(command)
             if settings.delay_s:
                 await asyncio.sleep(settings.delay_s)
             for report in self._run(command, delta):
                 yield report
+        async for _ in request_iterator:  # stays until its words are read, as a worker does
+            pass
 
     async def Quiesce(self, request, context):  # type: ignore[no-untyped-def]
         if self.settings.silent_on_quiesce:
