@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from coordinator.block_allocator import BlockAllocator
 from coordinator.errors import ProtocolBroken
 from coordinator.request import Request, RequestState
+from coordinator.request_queue import RequestQueue
 from coordinator.scheduler import Capacity, Chunk, Prefill, Rows, StepPlan, Waiting, plan_step
 from coordinator.step_command import CommandEncoder, DeltaBuilder, SentStep
 from coordinator.tables import RowTable, SlotTable, table_digest
@@ -38,7 +39,7 @@ class Batch:
         self.allocator = BlockAllocator(limits.num_blocks, block_order)
         self.rows = RowTable(limits.max_num_seqs)
         self.slots = SlotTable(limits.max_num_seqs)
-        self.queue: deque[Request] = deque()
+        self.queue = RequestQueue()
         self._num_preemptions = 0
         self.last_reported_step = 0
         self._active: dict[int, Request] = {}  # by order: those that hold a slot
@@ -171,7 +172,7 @@ class Batch:
     def _waiting_views(self) -> Iterator[Waiting]:
         for request in self.queue:
             is_ready = request.ready_after_step <= self.last_reported_step
-            yield Waiting(request.order, request.prompt_len + len(request.output_ids), is_ready)
+            yield Waiting(request.order, request.num_to_prefill, is_ready)
 
     def _capacity(self) -> Capacity:
         return Capacity(
@@ -192,13 +193,12 @@ class Batch:
             request = self._active[order]
             self._leave_slot(request)
             request.preempt(self.last_step)
-            self.queue.appendleft(request)
+            self.queue.put_back(request)
             self._num_preemptions += 1
 
     def _add_chunk(self, chunk: Chunk, delta: DeltaBuilder) -> Request:
         if chunk.is_admission:
-            request = self.queue.popleft()
-            assert request.order == chunk.order
+            request = self.queue.take(chunk.order)
             request.open_slot(self.slots.take())
             self.slots.open[request.slot] = request
             self._active[request.order] = request

@@ -81,6 +81,11 @@ class Request:
         return len(self.prompt_ids)
 
     @property
+    def num_to_prefill(self) -> int:
+        """Tokens to compute before it can go on; late results of a preempted one still add to it."""
+        return self.prompt_len + len(self.output_ids)
+
+    @property
     def final_limit(self) -> int:
         """First position that never needs computing: the last output token is only sampled."""
         return self.prompt_len + self.max_tokens - 1

@@ -155,7 +155,7 @@ class Harness:
         batch = self.book._batch
         assert batch is not None
         async with asyncio.timeout(limit_s):
-            while batch.num_running or batch.queue or batch.num_unreported:
+            while batch.num_running or len(batch.queue) or batch.num_unreported:
                 await asyncio.sleep(0)
         batch.check()
         assert batch.allocator.num_free_blocks == batch.allocator.num_usable_blocks

@@ -22,7 +22,7 @@ class FrontendMessage(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., abort: _Optional[_Union[AbortByName, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., listening: _Optional[_Union[Listening, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "prompt_ids", "resume_output_ids", "sampling_params", "stop_ids", "arrival_time")
+    __slots__ = ("handle", "request_id", "prompt_ids", "resume_output_ids", "sampling_params", "stop_ids", "arrival_time", "priority", "tenant", "use_prefix_cache", "deadline", "group")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,11 @@ class Submit(_message.Message):
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     STOP_IDS_FIELD_NUMBER: _ClassVar[int]
     ARRIVAL_TIME_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    USE_PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     prompt_ids: bytes
@@ -37,7 +42,12 @@ class Submit(_message.Message):
     sampling_params: _generate_pb2.SamplingParams
     stop_ids: bytes
     arrival_time: float
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_ids: _Optional[bytes] = ..., resume_output_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_generate_pb2.SamplingParams, _Mapping]] = ..., stop_ids: _Optional[bytes] = ..., arrival_time: _Optional[float] = ...) -> None: ...
+    priority: int
+    tenant: str
+    use_prefix_cache: bool
+    deadline: float
+    group: int
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_ids: _Optional[bytes] = ..., resume_output_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_generate_pb2.SamplingParams, _Mapping]] = ..., stop_ids: _Optional[bytes] = ..., arrival_time: _Optional[float] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., use_prefix_cache: bool = ..., deadline: _Optional[float] = ..., group: _Optional[int] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("handle", "reason", "output_token_count")
@@ -112,20 +122,42 @@ class Outputs(_message.Message):
     def __init__(self, handles: _Optional[bytes] = ..., token_counts: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_generate_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Ended(_message.Message):
-    __slots__ = ("handle", "finish_reason", "stop_token_id", "status_code", "status_message", "retry_after_seconds")
+    __slots__ = ("handle", "finish_reason", "stop_token_id", "status_code", "status_message", "retry_after_seconds", "times")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_CODE_FIELD_NUMBER: _ClassVar[int]
     STATUS_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     handle: int
     finish_reason: _generate_pb2.FinishReason
     stop_token_id: int
     status_code: int
     status_message: str
     retry_after_seconds: float
-    def __init__(self, handle: _Optional[int] = ..., finish_reason: _Optional[_Union[_generate_pb2.FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., status_code: _Optional[int] = ..., status_message: _Optional[str] = ..., retry_after_seconds: _Optional[float] = ...) -> None: ...
+    times: RequestTimes
+    def __init__(self, handle: _Optional[int] = ..., finish_reason: _Optional[_Union[_generate_pb2.FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., status_code: _Optional[int] = ..., status_message: _Optional[str] = ..., retry_after_seconds: _Optional[float] = ..., times: _Optional[_Union[RequestTimes, _Mapping]] = ...) -> None: ...
+
+class RequestTimes(_message.Message):
+    __slots__ = ("queue_seconds", "prefill_seconds", "decode_seconds", "comm_share", "step_count", "preemption_count", "cached_token_count", "epoch")
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMM_SHARE_FIELD_NUMBER: _ClassVar[int]
+    STEP_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTION_COUNT_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    comm_share: float
+    step_count: int
+    preemption_count: int
+    cached_token_count: int
+    epoch: int
+    def __init__(self, queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., comm_share: _Optional[float] = ..., step_count: _Optional[int] = ..., preemption_count: _Optional[int] = ..., cached_token_count: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class AbortOutcome(_message.Message):
     __slots__ = ("query", "was_active")

@@ -67,8 +67,9 @@ class GenerateServiceServicer(object):
     """
 
     def Generate(self, request, context):
-        """Streams one request's output: `started`, any number of `delta`, then exactly one `finished`.
-        Dropping the call cancels the request.
+        """Streams one request's output: `started`, any number of `delta`, then exactly one `finished` (one
+        for each of `n` outputs). Dropping the call cancels the request. Trailing metadata tells where
+        the time went (docs/protocol.md).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

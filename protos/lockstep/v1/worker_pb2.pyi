@@ -252,7 +252,7 @@ class TableDelta(_message.Message):
     def __init__(self, closed_slots: _Optional[bytes] = ..., opened_slots: _Optional[_Iterable[_Union[SlotOpen, _Mapping]]] = ..., block_appends: _Optional[bytes] = ..., limits: _Optional[bytes] = ..., row_changes: _Optional[bytes] = ..., row_count: _Optional[int] = ..., chunks: _Optional[bytes] = ..., chunk_token_ids: _Optional[bytes] = ...) -> None: ...
 
 class SlotOpen(_message.Message):
-    __slots__ = ("slot", "prompt_len", "prefill_len", "limit", "block_ids", "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "stop_ids", "logprob_count")
+    __slots__ = ("slot", "prompt_len", "prefill_len", "limit", "block_ids", "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "stop_ids", "logprob_count", "cached_len", "cached_token_ids")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
     PREFILL_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +269,8 @@ class SlotOpen(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_COUNT_FIELD_NUMBER: _ClassVar[int]
+    CACHED_LEN_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     prompt_len: int
     prefill_len: int
@@ -285,7 +287,9 @@ class SlotOpen(_message.Message):
     min_tokens: int
     stop_ids: bytes
     logprob_count: int
-    def __init__(self, slot: _Optional[int] = ..., prompt_len: _Optional[int] = ..., prefill_len: _Optional[int] = ..., limit: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., min_tokens: _Optional[int] = ..., stop_ids: _Optional[bytes] = ..., logprob_count: _Optional[int] = ...) -> None: ...
+    cached_len: int
+    cached_token_ids: bytes
+    def __init__(self, slot: _Optional[int] = ..., prompt_len: _Optional[int] = ..., prefill_len: _Optional[int] = ..., limit: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., min_tokens: _Optional[int] = ..., stop_ids: _Optional[bytes] = ..., logprob_count: _Optional[int] = ..., cached_len: _Optional[int] = ..., cached_token_ids: _Optional[bytes] = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
     __slots__ = ("result", "progress", "failure")
@@ -298,7 +302,7 @@ class ExecuteResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[StepResult, _Mapping]] = ..., progress: _Optional[_Union[RankProgress, _Mapping]] = ..., failure: _Optional[_Union[RankFailure, _Mapping]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("command_id", "step", "token_ids", "flags", "logprobs", "top_token_ids", "top_logprobs", "step_micros", "all_reduce_count")
+    __slots__ = ("command_id", "step", "token_ids", "flags", "logprobs", "top_token_ids", "top_logprobs", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -308,6 +312,9 @@ class StepResult(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     STEP_MICROS_FIELD_NUMBER: _ClassVar[int]
     ALL_REDUCE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_MICROS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_MICROS_FIELD_NUMBER: _ClassVar[int]
+    COMM_MICROS_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     step: int
     token_ids: bytes
@@ -317,19 +324,28 @@ class StepResult(_message.Message):
     top_logprobs: bytes
     step_micros: int
     all_reduce_count: int
-    def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_micros: _Optional[int] = ..., all_reduce_count: _Optional[int] = ...) -> None: ...
+    arrival_micros: int
+    idle_micros: int
+    comm_micros: int
+    def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_micros: _Optional[int] = ..., all_reduce_count: _Optional[int] = ..., arrival_micros: _Optional[int] = ..., idle_micros: _Optional[int] = ..., comm_micros: _Optional[int] = ...) -> None: ...
 
 class RankProgress(_message.Message):
-    __slots__ = ("command_id", "step", "step_micros", "all_reduce_count")
+    __slots__ = ("command_id", "step", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEP_MICROS_FIELD_NUMBER: _ClassVar[int]
     ALL_REDUCE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_MICROS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_MICROS_FIELD_NUMBER: _ClassVar[int]
+    COMM_MICROS_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     step: int
     step_micros: int
     all_reduce_count: int
-    def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., step_micros: _Optional[int] = ..., all_reduce_count: _Optional[int] = ...) -> None: ...
+    arrival_micros: int
+    idle_micros: int
+    comm_micros: int
+    def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., step_micros: _Optional[int] = ..., all_reduce_count: _Optional[int] = ..., arrival_micros: _Optional[int] = ..., idle_micros: _Optional[int] = ..., comm_micros: _Optional[int] = ...) -> None: ...
 
 class RankFailure(_message.Message):
     __slots__ = ("command_id", "step", "is_refusal", "message")
