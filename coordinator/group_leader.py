@@ -119,7 +119,11 @@ class GroupLeader:
     async def _run_group(self, group: Group) -> None:
         config = self._config
         limits = BatchLimits(
-            group.num_blocks, config.block_size, config.max_num_seqs, config.max_batch_tokens
+            group.num_blocks,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_batch_tokens,
+            config.prefix_cache,
         )
         batch = Batch(group.epoch, limits)
         watch = ProgressWatch(config.world_size, config.step_timeout)

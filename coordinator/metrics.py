@@ -69,6 +69,8 @@ class EngineMetrics:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     group_restarts: int = 0
     request_success: Counter[str] = field(default_factory=Counter)
     requests_failed: Counter[str] = field(default_factory=Counter)
@@ -125,6 +127,16 @@ class _EngineCollector(Collector):
             ("prompt_tokens", "Prompt tokens of admitted requests.", metrics.prompt_tokens),
             ("generation_tokens", "Tokens generated.", metrics.generation_tokens),
             ("preemptions", "Requests that lost their place.", metrics.preemptions),
+            (
+                "prefix_cache_queries",
+                "Tokens looked up in the prefix cache.",
+                metrics.prefix_cache_queries,
+            ),
+            (
+                "prefix_cache_hits",
+                "Tokens found in the prefix cache.",
+                metrics.prefix_cache_hits,
+            ),
             ("group_restarts", "Times the ranks had to start again.", metrics.group_restarts),
         )
         for name, text, value in plain:

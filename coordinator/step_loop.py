@@ -131,9 +131,12 @@ class StepLoop:
                 self._last_digest_at = now
             self._sent(command, now)
         self._metrics.num_requests_running = batch.num_running
-        self._metrics.num_requests_waiting = len(batch.queue)
+        self._metrics.num_requests_waiting = batch.num_waiting
         self._metrics.kv_cache_usage = batch.kv_usage
         self._metrics.preemptions += batch.take_num_preemptions()
+        num_queries, num_hits = batch.prefix_cache.take_counts()
+        self._metrics.prefix_cache_queries += num_queries
+        self._metrics.prefix_cache_hits += num_hits
         self._flush()
 
     def _send_heartbeat(self, now: float) -> None:
