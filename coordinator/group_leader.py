@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from coordinator.admission import ModelLimits
+from coordinator.arrival_skew import ArrivalSkew
 from coordinator.batch import Batch, BatchLimits
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import RankLost
@@ -127,10 +128,13 @@ class GroupLeader:
         )
         batch = Batch(group.epoch, limits)
         watch = ProgressWatch(config.world_size, config.step_timeout)
+        skew = ArrivalSkew([hello.boot_id for hello in group.hellos])
+        self._metrics.command_arrival_skew = skew.seconds
         loop = StepLoop(
             batch,
             self._book,
             watch,
+            skew,
             self._metrics,
             lambda command: streams.send(command),  # made below, each needs the other
             self._flush,

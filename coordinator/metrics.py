@@ -76,6 +76,8 @@ class EngineMetrics:
     requests_failed: Counter[str] = field(default_factory=Counter)
     requests_rejected: Counter[str] = field(default_factory=Counter)
     rank_up: dict[int, bool] = field(default_factory=dict)
+    command_arrival_skew: dict[int, float] = field(default_factory=dict)
+    worker_idle_seconds: dict[int, float] = field(default_factory=dict)
     startup_seconds: dict[str, float] = field(default_factory=dict)
     time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
     inter_token_latency: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
@@ -106,6 +108,10 @@ class _EngineCollector(Collector):
             yield family
         ranks = {str(rank): float(is_up) for rank, is_up in metrics.rank_up.copy().items()}
         yield self._labelled_gauge("rank_up", "The rank is in the group.", "rank", ranks)
+        skews = {str(rank): skew for rank, skew in metrics.command_arrival_skew.copy().items()}
+        yield self._labelled_gauge(
+            "command_arrival_skew_seconds", "Arrival of a command after rank 0's.", "rank", skews
+        )
         yield self._labelled_gauge(
             "startup_seconds",
             "Time of each phase of the last start.",
@@ -147,12 +153,13 @@ class _EngineCollector(Collector):
             ("request_success", "Requests ended well.", "finished_reason", metrics.request_success),
             ("requests_failed", "Requests ended in an error.", "code", metrics.requests_failed),
             ("requests_rejected", "Requests never begun.", "reason", metrics.requests_rejected),
+            ("worker_idle_seconds", "Time without a command.", "rank", metrics.worker_idle_seconds),
         )
         for name, text, label, counts in by_label:
             labels = ["model_name", label]
             family = CounterMetricFamily(f"lockstep_{name}", text, labels=labels)
             for key, count in counts.copy().items():
-                family.add_metric([metrics.model_name, key], count)
+                family.add_metric([metrics.model_name, str(key)], count)
             yield family
 
     def _histograms(self) -> Iterator[Metric]:
