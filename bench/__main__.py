@@ -10,6 +10,7 @@ _BENCHES = {
     "serving": ("bench.serving", "a server through its public API, case by case"),
     "cpu": ("bench.cpu_decode", "decoding on CPU against transformers' generate"),
     "multi-turn": ("bench.multi_turn", "what the prefix cache saves in conversations"),
+    "overload": ("bench.overload", "ten times more than the server can take"),
     "control-plane": ("bench.control_plane", "the coordinator, with simulated workers"),
     "kernels": ("bench.bench_kernels", "every CUDA kernel against its floor (needs a GPU)"),
 }
