@@ -311,5 +311,6 @@ def test_a_frontend_is_started_as_it_expects() -> None:
         "--port": "1234",
         "--silence-timeout": "11.0",
         "--num-frontends": "2",
+        "--slow-client-seconds": "30.0",
         "--log-format": "text",
     }
