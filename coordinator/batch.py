@@ -82,8 +82,7 @@ class Batch:
         return 1.0 - self.allocator.num_free_blocks / usable
 
     def enqueue(self, request: Request) -> None:
-        """Puts a new request at the end of the queue, or holds it back until it can share the
-        blocks of its leader's prompt."""
+        """Puts a new request into the queue; a sample once it can share its leader's blocks."""
         self.prefix_cache.enrol(request)
         if not self._groups.try_hold(request):
             self.queue.append(request)

@@ -15,6 +15,8 @@ from coordinator.block_allocator import BlockAllocator
 from coordinator.prefix_keys import PrefixKeys
 from coordinator.request import Request
 
+_TENANT, _GROUP = b"tenant:", b"group:"
+
 
 class PrefixCache:
     """Finds and registers blocks by what they hold. Owned by the event loop.
@@ -26,19 +28,16 @@ class PrefixCache:
         self._allocator = allocator
         self._block_size = block_size
         self._is_on = is_on
+        self._num_groups = 0
         self._num_queries = 0
         self._num_hits = 0
 
     def enrol(self, request: Request) -> None:
         """Hashes the tokens of a new request that takes part; later calls only look up."""
         if self._is_on and request.use_prefix_cache:
-            self._give_keys(request, b"tenant:" + request.tenant.encode())
+            self._give_keys(request, _TENANT + request.tenant.encode())
         elif request.leader is not None and not request.leader.is_finished:
-            salt = b"group:%d" % request.leader.order
-            if request.leader.prefix_keys is None:
-                self._give_keys(request.leader, salt)
-                self.chunk_sent(request.leader)
-            self._give_keys(request, salt)
+            self._join_group(request, request.leader)
 
     def find(self, request: Request) -> Sequence[int]:
         """The blocks that a request without a slot could start with.
@@ -84,6 +83,16 @@ class PrefixCache:
         counts = self._num_queries, self._num_hits
         self._num_queries = self._num_hits = 0
         return counts
+
+    def _join_group(self, request: Request, leader: Request) -> None:
+        """A sample shares with its leader and nobody else."""
+        if leader.prefix_keys is None:
+            self._num_groups += 1
+            self._give_keys(leader, _GROUP + b"%d" % self._num_groups)
+            self.chunk_sent(leader)
+        assert leader.prefix_keys is not None
+        if leader.prefix_keys.salt.startswith(_GROUP):
+            self._give_keys(request, leader.prefix_keys.salt)
 
     def _give_keys(self, request: Request, salt: bytes) -> None:
         request.prefix_keys = PrefixKeys(salt)

@@ -15,6 +15,7 @@ class PrefixKeys:
     """
 
     def __init__(self, salt: bytes) -> None:
+        self.salt = salt
         self.keys: list[bytes] = []
         self.num_registered = 0  # of the blocks that the sequence has now
         self._last = hashlib.sha256(salt).digest()

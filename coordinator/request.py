@@ -77,7 +77,7 @@ class Request:
     arrival_time: float  # CLOCK_MONOTONIC, seconds
     output_ids: list[int] = field(default_factory=list)  # resumed ones included
     tenant: str = ""
-    use_prefix_cache: bool = False
+    use_prefix_cache: bool = True
     leader: Request | None = None  # sample 0 of the same call, if this is another sample
     state: RequestState = RequestState.WAITING
     slot: int = 0  # 0: none
@@ -98,8 +98,7 @@ class Request:
 
     @property
     def num_to_prefill(self) -> int:
-        """Tokens that must be in the cache before it can go on; late results of a preempted one
-        still add to it."""
+        """Tokens to compute before it can go on; late results still add to it."""
         return self.prompt_len + len(self.output_ids)
 
     @property

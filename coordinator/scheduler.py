@@ -24,8 +24,8 @@ from coordinator.tables import IntArray
 class Rows:
     """The decode batch, one entry a row; int64 `[num_rows]` each, read only.
 
-    `next_positions` are upper bounds, below `final_limits`. `orders` names the requests: smaller is
-    older.
+    `next_positions` are upper bounds, below `final_limits`: rows whose every position is granted
+    have left. `orders` names the requests: smaller is older.
     """
 
     orders: IntArray

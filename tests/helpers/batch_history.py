@@ -21,12 +21,14 @@ def make_request(
     max_tokens: int,
     stop_ids: tuple[int, ...] = (),
     repetition_penalty: float = 1.0,
+    use_prefix_cache: bool = False,
     **fields: Any,
 ) -> Request:
     """A greedy request of frontend 0 whose handle and name are its order."""
     sampling = Sampling(0.0, 0, 1.0, 0.0, 7, repetition_penalty, 0.0, 0.0, 0, stop_ids, -1)
     prompt_ids = np.array(prompt, dtype=np.int32)
     request = Request(order, 0, order, str(order), prompt_ids, max_tokens, sampling, 0.0)
+    request.use_prefix_cache = use_prefix_cache
     for name, value in fields.items():
         setattr(request, name, value)
     return request

@@ -152,11 +152,12 @@ class History:
 
     def _note_keys(self, request: Request) -> None:
         """The keys of a request's full blocks by a hash chain of our own."""
-        is_tenants = request.use_prefix_cache and self.batch.limits.use_prefix_cache
-        leader = request.leader or request
-        salt = f"tenant:{request.tenant}" if is_tenants else f"group:{leader.order}"
+        if request.prefix_keys is None:
+            return
         token_ids = (*request.prompt_ids.tolist(), *request.output_ids)
-        noted, key = self._noted.get(request.order, (0, hashlib.sha256(salt.encode()).digest()))
+        noted, key = self._noted.get(
+            request.order, (0, hashlib.sha256(request.prefix_keys.salt).digest())
+        )
         for end in range(noted + BLOCK_SIZE, len(token_ids) + 1, BLOCK_SIZE):
             block = struct.pack(f"<{BLOCK_SIZE}i", *token_ids[end - BLOCK_SIZE : end])
             key = hashlib.sha256(key + block).digest()

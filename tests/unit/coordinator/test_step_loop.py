@@ -2,11 +2,12 @@
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 
 from protos.lockstep.v1 import engine_pb2, generate_pb2
-from tests.helpers.engine_harness import Harness, running_group
+from tests.helpers.engine_harness import Harness, make_submit, running_group
 from tests.helpers.fake_worker import FakeSettings, expected_output
 
 STOP = generate_pb2.FINISH_REASON_STOP
@@ -188,5 +189,48 @@ def test_the_clocks_of_the_ranks_are_measured() -> None:
             await group.heard.end_of(1)
             assert set(group.metrics.worker_idle_seconds) == {0, 1}
             assert set(group.metrics.command_arrival_skew) == {1}
+
+    asyncio.run(run())
+
+
+def test_samples_of_one_call_and_requests_of_one_tenant_share_what_others_do_not() -> None:
+    async def run() -> None:
+        settings = [FakeSettings(num_blocks=128) for _ in range(2)]
+        async with running_group(settings) as group:
+            prompt = list(range(20))
+            calls: dict[int, dict[str, Any]] = {
+                1: {"tenant": "a", "use_prefix_cache": True},
+                2: {"tenant": "b", "use_prefix_cache": True},
+                3: {"group": 3},
+                4: {"group": 3},
+            }
+            for handle, fields in calls.items():
+                submit = make_submit(handle, prompt, 5, request_id=f"request-{handle}")
+                for name, value in fields.items():
+                    setattr(submit, name, value)
+                group.book.submit(0, submit)
+                group.leader.wake()
+                if handle != 3:
+                    await group.heard.end_of(handle)
+            await group.heard.end_of(1, 2, 3, 4)
+            assert set(map(tuple, group.heard.tokens.values())) == {
+                tuple(expected_output(prompt, 5))
+            }
+            cached = [
+                opened.cached_len
+                for command in group.workers[0].commands
+                for opened in _delta(command.delta).opened_slots
+            ]
+            assert cached == [0, 0, 0, 16]
+            again = make_submit(5, prompt, 5)
+            again.tenant, again.use_prefix_cache = "b", True
+            group.book.submit(0, again)
+            group.leader.wake()
+            await group.heard.end_of(5)
+            assert (group.metrics.prefix_cache_queries, group.metrics.prefix_cache_hits) == (
+                100,
+                32,
+            )
+            await group.settled()
 
     asyncio.run(run())
