@@ -12,7 +12,8 @@ from coordinator.batch import Batch, BatchLimits
 from coordinator.errors import ProtocolBroken
 from coordinator.request import Request, RequestState, Sampling
 from protos.lockstep.v1 import worker_pb2
-from tests.helpers.fake_worker import FakeSettings, FakeWorker, expected_output
+from tests.helpers.fake_tables import FakeTables
+from tests.helpers.fake_worker import FakeSettings, expected_output
 
 BLOCK_SIZE = 4
 
@@ -29,20 +30,17 @@ class Rank:
     """Runs commands in this process: the fake worker's tables without its server."""
 
     def __init__(self, batch: Batch) -> None:
-        self.worker = FakeWorker.__new__(FakeWorker)
-        self.worker.settings = FakeSettings()
-        self.worker.config = worker_pb2.EngineConfig(
+        config = worker_pb2.EngineConfig(
             max_num_seqs=batch.limits.max_num_seqs, block_size=BLOCK_SIZE, max_model_len=10**6
         )
-        self.worker._slots, self.worker._rows = {}, {}
-        self.worker._num_blocks, self.worker._rank = batch.limits.num_blocks, 0
+        self.tables = FakeTables(FakeSettings(), config, batch.limits.num_blocks)
 
     def run(self, packed: bytes) -> worker_pb2.StepResult:
         command = worker_pb2.ExecuteRequest.FromString(packed).command
         delta = worker_pb2.TableDelta.FromString(command.delta)
-        self.worker._apply(delta)
-        assert command.table_digest == self.worker.digest()
-        (report,) = self.worker._run(command, delta)
+        self.tables.apply(delta)
+        assert command.table_digest == self.tables.digest()
+        (report,) = self.tables.run(command, delta)
         return report.result
 
 
