@@ -10,6 +10,7 @@ from lockstep.daemon.version import __version__
 # Subcommand -> (module with main(argv) -> exit code, what it does). Imported only when called.
 _COMMANDS = {
     "serve": ("lockstep.serve", "serve a model: coordinator and workers on this host"),
+    "simulate": ("lockstep.simulate", "serve a model without computing it: for load tests"),
     "generate": ("lockstep.generate", "send one prompt to a server"),
     "chat": ("lockstep.chat", "talk to a server"),
     "demo": ("lockstep.demo", "a small real model on two ranks answers a question"),

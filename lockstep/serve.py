@@ -4,7 +4,7 @@ import os
 import site
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,7 @@ COORDINATOR_FLAGS = (
     Flag("slow-client-seconds", str, None, "seconds that unread output is kept (default: 30)"),
     Flag("host", str, None, "address to serve on (default: 127.0.0.1)"),
 )
-_OWN_FLAGS = (
+OWN_FLAGS = (
     Flag("model", str, None, "checkpoint folder or hub id (owner/name)"),
     Flag("tp", positive_int, 1, "ranks that share the model"),
     Flag("devices", str, None, "cpu, or GPU numbers like 0,1; default: GPUs if there are any"),
@@ -103,9 +103,17 @@ def main(argv: Sequence[str]) -> int:
     except HubError as error:
         return _refuse(error, ExitCode.CHECKPOINT)
 
+    return run_group(config, group_spec(config, model_dir, os.environ), started, _report)
+
+
+def run_group(
+    config: ServeConfig, group: GroupSpec, started: float, report: Callable[[str], None]
+) -> int:
+    """Supervises `group` until it ends; returns the exit code. `started` is CLOCK_MONOTONIC."""
+
     def announce(record: ReadyRecord) -> None:
         seconds = time.monotonic() - started
-        _report(f"ready: {config.model} at {record.grpc}, {_ranks(config)}, after {seconds:.1f} s")
+        report(f"ready: {config.model} at {record.grpc}, {_ranks(config)}, after {seconds:.1f} s")
         if config.ready_file is not None:
             write_ready_file(
                 config.ready_file,
@@ -115,10 +123,9 @@ def main(argv: Sequence[str]) -> int:
                 metrics=record.metrics,
             )
 
-    group = group_spec(config, model_dir, os.environ)
     try:
         with supervised_processes() as processes:
-            return Supervisor(group, processes, _report, announce).run()
+            return Supervisor(group, processes, report, announce).run()
     finally:
         if config.ready_file is not None:
             config.ready_file.unlink(missing_ok=True)
@@ -126,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
 
 def serve_config(argv: Sequence[str], environ: Mapping[str, str]) -> ServeConfig:
     """Reads the settings and looks at the host. Raises FlagError, ConfigError."""
-    flags = (*_OWN_FLAGS, *COORDINATOR_FLAGS)
+    flags = (*OWN_FLAGS, *COORDINATOR_FLAGS)
     values = parse_flags("lockstep serve", flags, argv, environ, _ELSEWHERE)
     if not values["model"]:
         raise FlagError("--model is missing; it wants a checkpoint folder or a hub id")
@@ -154,7 +161,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
 
     def worker_command(rank: int, port: int, metrics_port: int, ready_file: str) -> Sequence[str]:
         command = [
-            *_python_module("worker"),
+            *python_module("worker"),
             *("--model", str(model_dir), "--device", config.devices[rank]),
             *("--port", str(port), "--metrics-port", str(metrics_port)),
             *("--num-threads", str(config.num_threads)),
@@ -166,7 +173,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
         workers: Sequence[str], port: int, metrics_port: int, ready_file: str
     ) -> Sequence[str]:
         return [
-            *_python_module("coordinator"),
+            *python_module("coordinator"),
             *("--model", str(model_dir), "--workers", ",".join(workers)),
             *("--port", str(port), "--metrics-port", str(metrics_port)),
             *("--drain-seconds", str(config.drain_seconds)),
@@ -195,14 +202,15 @@ def daemon_environ(environ: Mapping[str, str]) -> dict[str, str]:
     return result
 
 
-def _python_module(name: str) -> list[str]:
+def python_module(name: str) -> list[str]:
+    """The command that runs one of our packages."""
     # -P: a folder called `worker` where the user happens to stand is not ours.
     return [sys.executable, "-P", "-m", name]
 
 
 def exec_daemon(module: str, argv: Sequence[str]) -> None:
     """Becomes that daemon (`lockstep worker ...`, `lockstep coordinator ...`). Does not return."""
-    command = [*_python_module(module), *argv]
+    command = [*python_module(module), *argv]
     environ = daemon_environ(os.environ)
     environ |= {name: value for name, value in os.environ.items() if name.startswith("LOCKSTEP_")}
     os.execve(sys.executable, command, environ)

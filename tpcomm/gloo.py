@@ -29,6 +29,7 @@ from tpcomm.communicator import (
     check_root,
     describe_ranks,
     gather_output,
+    timed,
 )
 from tpcomm.errors import CommAborted, CommError, CommTimeout
 from tpcomm.group_id import GroupId
@@ -47,7 +48,7 @@ class GlooCommunicator:
     def __init__(self, group: GroupId, rank: int, world_size: int, timeout_s: float) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.stats = CommStats()
+        self.stats = CommStats(seconds=0.0)
         self._timeout_s = timeout_s
         self._num_calls = 0
         self._aborted = threading.Event()
@@ -56,6 +57,7 @@ class GlooCommunicator:
         self._process_group: Any = _process_group(self._store, group, rank, world_size, timeout_s)
         self.barrier(timeout_s)
 
+    @timed
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
         check_layout(tensor, _CPU)
         check_reducible(tensor)
@@ -71,6 +73,7 @@ class GlooCommunicator:
             total.add_(part)
         return tensor.copy_(total)
 
+    @timed
     def all_gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         check_layout(tensor, _CPU)
         out = gather_output(tensor, out, self.world_size)
@@ -79,6 +82,7 @@ class GlooCommunicator:
             self._gather_bytes(tensor, out)
         return out
 
+    @timed
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         check_layout(tensor, _CPU)
         check_root(root, self.world_size)
@@ -90,6 +94,7 @@ class GlooCommunicator:
             self._run(lambda group: group.broadcast([raw], options), self._timeout_s)
         return tensor
 
+    @timed
     def barrier(self, timeout_s: float) -> None:
         # An all-gather of one byte: gloo's own barrier keeps a time limit of its own.
         self.stats.barrier.add(0)

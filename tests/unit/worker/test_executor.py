@@ -21,6 +21,7 @@ from worker.executor import StepExecutor
 from worker.model_runner import FLAG_NOT_FINITE, FLAG_STOP
 from worker.models.spec import load_model_spec
 from worker.rank import Rank
+from worker.sampling_params import SlotParams
 from worker.tables import Chunk, Sequence
 
 BLOCK = 4
@@ -56,7 +57,7 @@ class Commands:
         )
         self._next_step += steps
         results = []
-        for pending in self._executor.execute(command):
+        for pending in self._executor.execute(command, arrived=0.0):
             pending.wait()
             token_ids = pending.tensors["token_ids"][pending.entries].tolist()
             flags = pending.tensors["flags"][pending.entries].tolist()
@@ -102,7 +103,7 @@ def rank(model_dir: Path) -> Iterator[Rank]:
     config = WorkerConfig(model_dir, "cpu", "127.0.0.1", 0, 0, 1, "", "", "text")
     with torch.no_grad():
         made = Rank(config, load_model_spec(model_dir))
-        made.load(engine_config(), lambda done, total: None)
+        made.load(engine_config())
         made.join(b"", timeout_s=10)
         yield made
 
@@ -238,12 +239,15 @@ def test_refused_command_launches_nothing(commands: Commands, greedy: list[int])
 
 
 def test_rank_reused_by_the_next_epoch_keeps_its_weights(rank: Rank) -> None:
-    loaded = rank.load(engine_config(), lambda done, total: None)
-    assert rank.load(engine_config(), lambda done, total: None) is loaded
+    rank.load(engine_config())
+    loaded = rank.loaded
+    rank.load(engine_config())
+    assert rank.loaded is loaded
     other = engine_config()
     other.dtype = "bfloat16"
-    assert rank.load(other, lambda done, total: None) is not loaded
-    rank.load(engine_config(), lambda done, total: None)
+    rank.load(other)
+    assert rank.loaded is not loaded
+    rank.load(engine_config())
 
 
 def test_padding_of_a_mixed_step_changes_no_logit(rank: Rank, commands: Commands) -> None:
@@ -252,7 +256,7 @@ def test_padding_of_a_mixed_step_changes_no_logit(rank: Rank, commands: Commands
     executor = rank.executor
     assert executor is not None
     runner, blocks = executor._runner, list(range(29, 19, -1))
-    sequence = Sequence(2, len(PROMPT), len(PROMPT), 40, blocks, opening(2))
+    sequence = Sequence(2, len(PROMPT), len(PROMPT), 40, blocks, SlotParams())
     chunks = [Chunk(sequence, 0, np.asarray(PROMPT, np.int32))]
     # Slot 2's blocks on the device; its row stays empty.
     runner.tables.block_table[2, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)

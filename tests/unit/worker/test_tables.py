@@ -17,6 +17,7 @@ LIMITS = TableLimits(
     max_num_seqs=4,
     max_batch_tokens=16,
     max_blocks_per_seq=3,
+    max_model_len=13,
     block_size=4,
     num_blocks=9,
     vocab_size=100,
@@ -33,6 +34,7 @@ def opening(slot: int = 1, **fields: object) -> SlotOpen:
         "prefill_len": 5,
         "limit": 8,
         "block_ids": packed(3, 4),
+        "repetition_penalty": 1.0,
     }
     return SlotOpen(slot=slot, **{**values, **fields})  # type: ignore[arg-type]
 

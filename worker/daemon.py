@@ -1,0 +1,101 @@
+"""A worker process around a rank: metrics, gRPC server, signals, ready file."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+import uvloop
+
+from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.ready_file import write_ready_file
+from protos.lockstep.v1 import worker_pb2_grpc
+from worker.metrics import WorkerMetrics
+from worker.rank_contract import Rank
+from worker.service import WorkerService
+
+_LOG = logging.getLogger(__name__)
+_MAX_MESSAGE_BYTES = 256 << 20
+
+
+class DaemonConfig(Protocol):
+    """The settings that every worker process has; ports 0 are any."""
+
+    @property
+    def model(self) -> Path: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def metrics_port(self) -> int: ...
+    @property
+    def ready_file(self) -> str: ...
+
+
+def run_daemon(config: DaemonConfig, rank: Rank, digest: str) -> int:
+    """Serves `rank`, whose checkpoint has `digest`, until told to go; returns the exit code."""
+    try:
+        metrics = WorkerMetrics(config.model.name, config.host, config.metrics_port)
+    except OSError as error:
+        return stop(ExitCode.ADDRESS, f"--metrics-port {config.metrics_port}: {error}")
+    with metrics:
+        uvloop.install()
+        return asyncio.run(_serve(config, rank, digest, metrics))
+
+
+def stop(code: ExitCode, reason: object) -> int:
+    """Says on stderr why the process ends; returns `code`."""
+    print(f"worker: {reason}", file=sys.stderr, flush=True)
+    return code
+
+
+async def _serve(config: DaemonConfig, rank: Rank, digest: str, metrics: WorkerMetrics) -> int:
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+
+    def shut_down(reason: str) -> None:
+        _LOG.info("stopping: %s", reason)
+        # The reply to Shutdown leaves before the server does.
+        loop.call_later(0.05, stopped.set)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, shut_down, signal.Signals(number).name)
+    service = WorkerService(rank, digest, metrics, shut_down)
+    server = grpc.aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        ]
+    )
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
+    address = f"{config.host}:{config.port}"
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        return stop(ExitCode.ADDRESS, f"cannot serve on {address}: {error}")
+    await server.start()
+    gc.freeze()
+    where = (rank.device_identity()[0], config.host, port, metrics.port)
+    _LOG.info("%s serves on %s:%d, metrics on port %d", *where)
+    if config.ready_file:
+        write_ready_file(
+            Path(config.ready_file),
+            role="worker",
+            rank=None,
+            grpc=f"{config.host}:{port}",
+            metrics=f"{config.host}:{metrics.port}",
+        )
+    await stopped.wait()
+    if config.ready_file:
+        Path(config.ready_file).unlink(missing_ok=True)
+    service.close()
+    await server.stop(grace=0.2)
+    return ExitCode.CLEAN
