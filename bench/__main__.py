@@ -9,6 +9,7 @@ import sys
 _BENCHES = {
     "serving": ("bench.serving", "a server through its public API, case by case"),
     "cpu": ("bench.cpu_decode", "decoding on CPU against transformers' generate"),
+    "streams": ("bench.frontend_streams", "what a token costs a frontend process"),
     "kernels": ("bench.bench_kernels", "every CUDA kernel against its floor (needs a GPU)"),
 }
 
