@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from coordinator.frontend.errors import EngineLost
+from coordinator.frontend.pacer import Pacer
 from coordinator.frontend.stream import CallStreams, SampleStream
 from protos.lockstep.v1 import engine_pb2
 
@@ -51,6 +52,7 @@ class EngineLink:
         # Released by us; the engine's answer is still to come and somebody waits for it.
         self._released: dict[int, SampleStream] = {}
         self._abort_answers: dict[int, asyncio.Future[bool]] = {}
+        self._pacer = Pacer()
         self._lost: EngineLost | None = None
         self._last_heard = 0.0
 
@@ -89,7 +91,7 @@ class EngineLink:
         if self._lost is not None:
             raise self._lost
         handles = [next(self._numbers) << 1 | wants_logprobs for _ in messages]
-        call = CallStreams(handles)
+        call = CallStreams(handles, self._pacer.add)
         for message, stream in zip(messages, call.samples, strict=True):
             message.handle = stream.handle
             message.group = handles[0]
@@ -183,6 +185,7 @@ class EngineLink:
             self._last_heard = asyncio.get_running_loop().time()
             buffer += received
             self._dispatch_frames(buffer)
+            self._pacer.settle()
 
     def _dispatch_frames(self, buffer: bytearray) -> None:
         """Handles the whole frames at the front of `buffer` and removes them."""

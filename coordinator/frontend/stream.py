@@ -1,7 +1,7 @@
 """What the engine has said about one call's samples and its RPC has not yet taken."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coordinator.errors import CoordinatorError
@@ -69,11 +69,16 @@ class CallStreams:
     While the client's transport is busy, tokens gather here and the next `take` returns them all.
     """
 
-    def __init__(self, handles: Sequence[int]) -> None:
+    def __init__(
+        self, handles: Sequence[int], on_news: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """`on_news` is told when something queues again, and calls what it is given: `wake`."""
         self.samples = [SampleStream(self, index, handle) for index, handle in enumerate(handles)]
         self.unread_since: float | None = None
         """CLOCK_MONOTONIC when too much was first seen to queue since the last `take`."""
+        self._on_news = on_news
         self._news: list[SampleStream] = []
+        self._is_awake = False
         self._error: CoordinatorError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -84,35 +89,37 @@ class CallStreams:
 
     def arrive(self, sample: SampleStream) -> None:
         """A sample has something to take."""
+        if not self._news:
+            self._on_news(self.wake)
         self._news.append(sample)
-        self._wake()
+
+    def wake(self) -> None:
+        """Lets `take` return what there is."""
+        self._is_awake = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def fail(self, error: CoordinatorError) -> None:
         """No more will come: what has queued is given out first, then `take` raises `error`."""
         self._error = error
-        self._wake()
+        self.wake()
 
     async def take(self) -> list[StreamUpdate]:
         """Waits for something and returns all there is, at most one update a sample.
 
         For one task. The wait is bounded by the engine's silence limit, which ends in `fail`.
         """
-        if not self._news:
-            if self._error is not None:
-                raise self._error
+        if not self._is_awake:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-            if not self._news:
-                assert self._error is not None
-                raise self._error
+        if not self._news:
+            assert self._error is not None
+            raise self._error
         updates = [sample.taken() for sample in self._news]
         self._news.clear()
+        self._is_awake = self._error is not None
         self.unread_since = None
         return updates
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)

@@ -1,6 +1,7 @@
 """A client that stops reading is cut, its request released, and nobody else notices."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ def test_client_that_does_not_read_is_cut_and_its_request_released(model: Path) 
     asyncio.run(main())
 
 
+def _at_once(wake: Callable[[], None]) -> None:
+    wake()
+
+
 async def _others_are_served(served: Served) -> None:
     other = served.stub.Generate(request())
     handle = (await served.engine.next_submit()).handle
@@ -93,7 +98,7 @@ def test_unread_output_within_the_limits_is_kept() -> None:
     async def main() -> None:
         watch = SlowClientWatch(limit_s=0.2)
         running = asyncio.create_task(watch.run())
-        slow, few, reading = (CallStreams([index]) for index in range(3))
+        slow, few, reading = (CallStreams([index], _at_once) for index in range(3))
         slow.samples[0].push([0] * (MAX_UNREAD_TOKENS + 1), [])
         few.samples[0].push([0] * MAX_UNREAD_TOKENS, [])
         async with watch.watch(few), watch.watch(reading):
