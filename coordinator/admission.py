@@ -81,6 +81,10 @@ def read_submit(
             num_logprobs=num_logprobs,
         ),
         arrival_time=submit.arrival_time,
+        tenant=submit.tenant,
+        use_prefix_cache=submit.use_prefix_cache,
+        group=submit.group or submit.handle,
+        deadline=submit.deadline,
         output_ids=resumed.tolist(),
     )
     _check_sampling(request.sampling)

@@ -55,7 +55,11 @@ class Sampling:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One request from Submit to its end. `order` numbers requests by arrival: smaller is older."""
+    """One request from Submit to its end.
+
+    `order` is its precedence, unique among requests in flight: of two that hold slots the larger
+    gives up its place first (see precedence.py). Times are of CLOCK_MONOTONIC, in seconds.
+    """
 
     order: int
     frontend: int
@@ -64,7 +68,11 @@ class Request:
     prompt_ids: npt.NDArray[np.int32]
     max_tokens: int
     sampling: Sampling
-    arrival_time: float  # CLOCK_MONOTONIC, seconds
+    arrival_time: float
+    tenant: str = ""
+    use_prefix_cache: bool = True
+    group: int = 0  # handle of sample 0 of its call
+    deadline: float = 0.0  # 0: none
     output_ids: list[int] = field(default_factory=list)  # resumed ones included
     state: RequestState = RequestState.WAITING
     slot: int = 0  # 0: none
@@ -74,6 +82,7 @@ class Request:
     prefill_len: int = 0
     num_prefilled: int = 0  # tokens whose chunks are sent
     ready_after_step: int = 0  # preempted: last step that may still report a token
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it got its slot
     last_token_time: float = 0.0  # 0: no token yet
 
     @property

@@ -22,6 +22,7 @@ _FINISHED_REASONS = {
 class RequestBook:
     """Takes requests in and ends them, each by exactly one Ended or Release.
 
+    The samples of one call are requests of their own that share a name and a group.
     `batch` and `limits` are None while the group cannot answer; requests are then refused with
     `cause`. Owned by the event loop.
     """
@@ -34,7 +35,7 @@ class RequestBook:
         self._batch: Batch | None = None
         self._limits: ModelLimits | None = None
         self._by_handle: dict[tuple[int, int], Request] = {}
-        self._by_name: dict[str, Request] = {}
+        self._by_name: dict[str, list[Request]] = {}
         self._num_seen = 0
 
     @property
@@ -64,7 +65,7 @@ class RequestBook:
             )
             return
         self._by_handle[frontend, request.handle] = request
-        self._by_name[request.request_id] = request
+        self._by_name.setdefault(request.request_id, []).append(request)
         self.metrics.prompt_tokens += request.prompt_len
         self.outbox.accept(request)
         self._end_if_resumed_at_end(request)
@@ -76,11 +77,11 @@ class RequestBook:
             self._forget(request, release.reason)
 
     def abort(self, frontend: int, abort: engine_pb2.AbortByName) -> None:
-        """Ends a request by name with ABORTED and answers whether there was one."""
-        request = self._by_name.get(abort.request_id)
-        if request is not None:
+        """Ends what has this name, all samples of it, with ABORTED; answers if there was any."""
+        named = list(self._by_name.get(abort.request_id, ()))
+        for request in named:
             self.finish(request, generate_pb2.FINISH_REASON_ABORTED)
-        outcome = engine_pb2.AbortOutcome(query=abort.query, was_active=request is not None)
+        outcome = engine_pb2.AbortOutcome(query=abort.query, was_active=bool(named))
         self.outbox.add_answer(frontend, engine_pb2.EngineMessage(abort_outcome=outcome))
 
     def take_token(
@@ -132,12 +133,7 @@ class RequestBook:
                 f"not ready: {self.cause}",
                 _RETRY_AFTER_S,
             )
-        if submit.request_id in self._by_name:
-            raise Refused(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                "duplicate_request_id",
-                f"request_id is {submit.request_id!r}; it must differ from those in flight",
-            )
+        self._check_name(frontend, submit)
         request = read_submit(submit, frontend, self._num_seen, self._limits)
         if len(self._batch.queue) >= self._max_queue_requests:
             raise Refused(
@@ -149,6 +145,17 @@ class RequestBook:
         self._num_seen += 1
         self._batch.enqueue(request)
         return request
+
+    def _check_name(self, frontend: int, submit: engine_pb2.Submit) -> None:
+        """Only samples of one call share a name."""
+        call = (frontend, submit.group or submit.handle)
+        for other in self._by_name.get(submit.request_id, ()):
+            if (other.frontend, other.group) != call:
+                raise Refused(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    "duplicate_request_id",
+                    f"request_id is {submit.request_id!r}; it must differ from those in flight",
+                )
 
     def _end_if_resumed_at_end(self, request: Request) -> None:
         """A call that broke between its last token and its last message has nothing left to do."""
@@ -170,7 +177,10 @@ class RequestBook:
         assert self._batch is not None
         self._batch.finish(request)
         del self._by_handle[request.frontend, request.handle]
-        del self._by_name[request.request_id]
+        named = self._by_name[request.request_id]
+        named.remove(request)
+        if not named:
+            del self._by_name[request.request_id]
 
 
 def _error(

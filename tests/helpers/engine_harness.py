@@ -32,6 +32,10 @@ def make_submit(
     stop_ids: Sequence[int] = (),
     resume: Sequence[int] = (),
     logprobs: int | None = None,
+    group: int = 0,
+    tenant: str = "",
+    priority: int = 0,
+    deadline: float = 0.0,
     **sampling: Any,
 ) -> engine_pb2.Submit:
     """A Submit as frontends send it: every parameter set."""
@@ -58,6 +62,10 @@ def make_submit(
         sampling_params=params,
         stop_ids=pack(stop_ids),
         arrival_time=asyncio.get_running_loop().time(),
+        group=group,
+        tenant=tenant,
+        priority=priority,
+        deadline=deadline,
     )
 
 

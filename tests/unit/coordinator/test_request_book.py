@@ -136,6 +136,48 @@ def test_a_name_in_flight_is_refused_and_free_again_afterwards() -> None:
     asyncio.run(run())
 
 
+def test_samples_of_one_call_share_its_name_and_an_abort_ends_them_all() -> None:
+    async def run() -> None:
+        async with running_group(max_num_seqs=2) as group:
+            for handle in (4, 5, 6):
+                group.submit(handle, [1], 200, request_id="same", group=4, seed=handle)
+            group.submit(7, [2], 4, request_id="other")
+            group.submit(8, [1], 200, request_id="same", group=8)  # another call
+            other = make_submit(9, [1], 200, request_id="same", group=4)
+            group.book.submit(1, other)  # the same numbers, but of another frontend
+            assert group.metrics.requests_rejected == {"duplicate_request_id": 2}
+            await group.heard.until(lambda: bool(group.heard.tokens.get(4)))
+            group.book.abort(0, engine_pb2.AbortByName(query=1, request_id="same"))
+            group.leader.wake()
+            await group.heard.end_of(4, 5, 6, 7)
+            for handle in (4, 5, 6):
+                (ended,) = group.heard.ended[handle]
+                assert ended.finish_reason == generate_pb2.FINISH_REASON_ABORTED
+            assert group.heard.tokens[7] == expected_output([2], 4)
+            assert [one.was_active for one in group.heard.outcomes] == [True]
+            group.submit(10, [1], 2, request_id="same")  # the name is free
+            await group.heard.end_of(10)
+            assert group.heard.tokens[10] == expected_output([1], 2)
+            await group.settled()
+
+    asyncio.run(run())
+
+
+def test_a_name_stays_taken_until_its_last_sample_has_ended() -> None:
+    async def run() -> None:
+        async with running_group() as group:
+            group.submit(4, [1], 2, request_id="same", group=4)
+            group.submit(5, [1], 100, request_id="same", group=4)
+            await group.heard.end_of(4)
+            group.submit(6, [1], 2, request_id="same")
+            assert group.metrics.requests_rejected == {"duplicate_request_id": 1}
+            group.submit(7, [1], 2, request_id="same", group=4)
+            await group.heard.end_of(5, 7)
+            assert group.heard.tokens[7] == expected_output([1], 2)
+
+    asyncio.run(run())
+
+
 def test_acceptance_is_told_before_any_token() -> None:
     async def run() -> None:
         settings = FakeSettings()
