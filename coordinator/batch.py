@@ -73,7 +73,7 @@ class Batch:
         return 1.0 - self.allocator.num_free_blocks / usable
 
     def enqueue(self, request: Request) -> None:
-        """Puts a new request at the end of the queue."""
+        """Puts a new request into the queue."""
         self.queue.append(request)
 
     def finish(self, request: Request) -> None:

@@ -91,7 +91,7 @@ class Request:
 
     @property
     def num_to_prefill(self) -> int:
-        """Tokens to compute before it can go on; late results of a preempted one still add to it."""
+        """Tokens to compute before it can go on; late results still add to it."""
         return self.prompt_len + len(self.output_ids)
 
     @property

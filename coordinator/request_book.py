@@ -8,6 +8,7 @@ from coordinator.admission import ModelLimits, Refused, read_submit
 from coordinator.batch import Batch
 from coordinator.metrics import EngineMetrics
 from coordinator.outbox import Outbox
+from coordinator.precedence import Precedence
 from coordinator.request import Request
 from protos.lockstep.v1 import engine_pb2, generate_pb2
 
@@ -36,7 +37,7 @@ class RequestBook:
         self._limits: ModelLimits | None = None
         self._by_handle: dict[tuple[int, int], Request] = {}
         self._by_name: dict[str, list[Request]] = {}
-        self._num_seen = 0
+        self._precedence = Precedence()
 
     @property
     def num_in_flight(self) -> int:
@@ -134,7 +135,7 @@ class RequestBook:
                 _RETRY_AFTER_S,
             )
         self._check_name(frontend, submit)
-        request = read_submit(submit, frontend, self._num_seen, self._limits)
+        request = read_submit(submit, frontend, self._limits)
         if len(self._batch.queue) >= self._max_queue_requests:
             raise Refused(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -142,7 +143,7 @@ class RequestBook:
                 f"the queue is full: {self._max_queue_requests} requests wait",
                 _RETRY_AFTER_S,
             )
-        self._num_seen += 1
+        request.order = self._precedence.take(request.order)
         self._batch.enqueue(request)
         return request
 
@@ -176,6 +177,7 @@ class RequestBook:
     def _remove(self, request: Request) -> None:
         assert self._batch is not None
         self._batch.finish(request)
+        self._precedence.give_back(request.order)
         del self._by_handle[request.frontend, request.handle]
         named = self._by_name[request.request_id]
         named.remove(request)

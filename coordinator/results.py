@@ -31,6 +31,7 @@ def apply_result(
     Raises ProtocolBroken if the result does not fit what was sent.
     """
     entries = batch.resolve(result.command_id, result.step)
+    batch.queue.charge_output(entries)
     token_ids = unpack_int32(result.token_ids)
     all_flags = result.flags
     if len(token_ids) != len(entries) or len(all_flags) != len(entries):

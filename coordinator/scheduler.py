@@ -21,7 +21,8 @@ from coordinator.tables import IntArray
 class Rows:
     """The decode batch, one entry a row; int64 `[num_rows]` each, read only.
 
-    `next_positions` are upper bounds. `orders` names the requests: smaller is older.
+    `next_positions` are upper bounds. `orders` names the requests: smaller is older. Age is
+    that of precedence.py everywhere here, where urgency counts like an earlier arrival.
     """
 
     orders: IntArray

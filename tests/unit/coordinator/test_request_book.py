@@ -72,6 +72,11 @@ def set_ids(field: str, packed: bytes) -> Callable[[engine_pb2.Submit], Any]:
         (set_param(frequency_penalty=-2.5), "frequency_penalty is -2.5"),
         (set_param(presence_penalty=float("inf")), "presence_penalty is inf"),
         (set_param(logprobs=21), "logprobs 21 is above 20"),
+        (
+            lambda submit: setattr(submit, "priority", 101),
+            "priority is 101; it must be -100 to 100",
+        ),
+        (lambda submit: setattr(submit, "priority", -101), "priority is -101; it must be -100"),
     ],
 )
 def test_what_must_not_reach_the_ranks_is_refused_by_name(
@@ -94,9 +99,9 @@ def test_a_request_that_could_never_fit_the_cache_is_refused_naming_the_numbers(
     # The served context is lowered to what the cache holds, so only a wider context shows this.
     async def run() -> None:
         limits = ModelLimits(max_model_len=100, vocab_size=1000, num_blocks=5, block_size=4)
-        read_submit(make_submit(1, [1] * 10, 7), 0, 0, limits)
+        read_submit(make_submit(1, [1] * 10, 7), 0, limits)
         with pytest.raises(Refused, match="18 tokens need 5 KV blocks of 4, there are 4"):
-            read_submit(make_submit(1, [1] * 10, 8), 0, 0, limits)
+            read_submit(make_submit(1, [1] * 10, 8), 0, limits)
 
     asyncio.run(run())
 
