@@ -90,6 +90,7 @@ def read_submit(submit: engine_pb2.Submit, frontend: int, limits: ModelLimits) -
         group=submit.group or submit.handle,
         deadline=submit.deadline,
         output_ids=resumed.tolist(),
+        num_resumed=len(resumed),
     )
     _check_sampling(request.sampling)
     _check_lengths(request, limits)

@@ -3,7 +3,7 @@
 It applies what the scheduler decides and turns it into bytes; it reads no clock and does no I/O.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -45,7 +45,9 @@ class Batch:
         self._active: dict[int, Request] = {}  # by order: those that hold a slot
         self._prefilling: list[Request] = []
         self._sent: deque[SentStep] = deque()
+        self._prompt_tokens = Counter[int]()  # in chunks, by step
         self._encoder = CommandEncoder(epoch)
+        self.epoch = epoch
 
     @property
     def num_running(self) -> int:
@@ -71,6 +73,11 @@ class Batch:
         """Share of the usable blocks that are taken, 0 to 1."""
         usable = self.allocator.num_usable_blocks
         return 1.0 - self.allocator.num_free_blocks / usable
+
+    @property
+    def num_tokens_to_prefill(self) -> int:
+        """Of requests that hold a slot: tokens whose chunks are not sent yet."""
+        return sum(request.prefill_len - request.num_prefilled for request in self._prefilling)
 
     def enqueue(self, request: Request) -> None:
         """Puts a new request into the queue."""
@@ -137,6 +144,10 @@ class Batch:
         if step == sent.last_step:
             self._sent.popleft()
         return sent.entries(step)
+
+    def pop_prompt_tokens(self, step: int) -> int:
+        """How many tokens the chunks of a step held; asked once when it is reported."""
+        return self._prompt_tokens.pop(step, 0)
 
     def take_num_preemptions(self) -> int:
         """Preemptions since the last call."""
@@ -207,8 +218,10 @@ class Batch:
         else:
             request = self._active[chunk.order]
             self._give_blocks(request, chunk.num_new_blocks, delta)
+        self._prompt_tokens[self.last_step + 1] += chunk.length
         delta.add_chunk(request, chunk.start, chunk.length)
         request.num_prefilled += chunk.length
+        request.num_partial_chunks += request.num_prefilled < request.prefill_len
         return request
 
     def _give_blocks(self, request: Request, count: int, delta: DeltaBuilder) -> None:

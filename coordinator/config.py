@@ -60,6 +60,7 @@ FLAGS = (
     Flag("port", tcp_port, 50051, "gRPC port; 0: any"),
     Flag("metrics-port", tcp_port, 9851, "Prometheus port; 0: any"),
     Flag("max-queue-requests", positive_int, 1024, "most requests that wait"),
+    Flag("max-queue-prompt-tokens", positive_int, 1 << 20, "most prompt tokens that wait"),
     Flag("num-frontends", positive_int, 1, "processes that serve the public API"),
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
     Flag("ready-file", str, "", "file to write once requests can be answered"),
@@ -91,6 +92,7 @@ class CoordinatorConfig:
     port: int = 50051
     metrics_port: int = 9851
     max_queue_requests: int = 1024
+    max_queue_prompt_tokens: int = 1 << 20
     num_frontends: int = 1
     log_format: str = "text"
     ready_file: str = ""

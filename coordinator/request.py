@@ -69,11 +69,12 @@ class Request:
     max_tokens: int
     sampling: Sampling
     arrival_time: float
+    output_ids: list[int] = field(default_factory=list)  # resumed ones included
     tenant: str = ""
     use_prefix_cache: bool = True
     group: int = 0  # handle of sample 0 of its call
     deadline: float = 0.0  # 0: none
-    output_ids: list[int] = field(default_factory=list)  # resumed ones included
+    num_resumed: int = 0  # output tokens of an earlier call
     state: RequestState = RequestState.WAITING
     slot: int = 0  # 0: none
     row: int = -1  # -1: none
@@ -83,7 +84,13 @@ class Request:
     num_prefilled: int = 0  # tokens whose chunks are sent
     ready_after_step: int = 0  # preempted: last step that may still report a token
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it got its slot
-    last_token_time: float = 0.0  # 0: no token yet
+    num_charged: int = 0  # output tokens that its tenant was charged for
+    num_partial_chunks: int = 0  # that did not end what was to prefill
+    num_preemptions: int = 0
+    first_chunk_time: float = 0.0  # 0: none sent yet
+    sums_at_first_chunk: tuple[int, int] = (0, 0)  # see TimeKeeper
+    first_token_time: float = 0.0  # 0: no token yet
+    last_token_time: float = 0.0
 
     @property
     def prompt_len(self) -> int:
@@ -127,6 +134,7 @@ class Request:
         self._enter(RequestState.PREEMPTED)
         self._forget_place()
         self.ready_after_step = last_sent_step
+        self.num_preemptions += 1
 
     def finish(self) -> None:
         """Any state but finished -> finished."""

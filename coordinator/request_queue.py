@@ -2,7 +2,6 @@
 
 import heapq
 from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -56,6 +55,7 @@ class RequestQueue:
         """Of the prompts that wait here."""
         self.num_tenants = 0
         """With requests that wait for their first slot."""
+        self._taken: list[Request] = []  # since `pop_taken`
         self._returned: list[Request] = []  # preempted, by rising order
         self._tenants: dict[str, _Tenant] = {}
         # (a counter as it was or less, tenant): one entry for each tenant that waits, made exact
@@ -81,6 +81,7 @@ class RequestQueue:
             if not tenant.is_listed:
                 heapq.heappush(self._heap, (tenant.service, request.tenant))
                 tenant.is_listed = True
+        request.num_charged = len(request.output_ids)  # resumed ones count as prompt
         insort(tenant.waiting, request, key=_by_order)
         tenant.num_tokens += request.num_to_prefill
         self._num_waiting += 1
@@ -105,7 +106,13 @@ class RequestQueue:
             tenant.service += request.num_to_prefill
         assert request.order == order, f"request {order} is not first in the queue"
         self.remove(request)
+        self._taken.append(request)
         return request
+
+    def pop_taken(self) -> list[Request]:
+        """The requests taken since the last call."""
+        taken, self._taken = self._taken, []
+        return taken
 
     def remove(self, request: Request) -> None:
         """Removes a request that has ended, wherever it is."""
@@ -122,14 +129,15 @@ class RequestQueue:
         self._num_waiting -= 1
         self.num_tenants -= not tenant.waiting
 
-    def charge_output(self, requests: Sequence[Request]) -> None:
-        """Charges tenants for a token of each of these requests.
+    def charge_output(self, request: Request) -> None:
+        """Charges a request's tenant for what has been generated since the last call for it.
 
-        With one tenant nothing is counted: whoever comes second is lifted to the first.
+        Called for all that run every now and then, and when one ends: so no step pays for it.
         """
-        if len(self._tenants) > 1:
-            for name, count in Counter(map(attrgetter("tenant"), requests)).items():
-                self._tenant(name).service += _OUTPUT_WEIGHT * count
+        num_new = len(request.output_ids) - request.num_charged
+        if num_new:
+            request.num_charged += num_new
+            self._tenant(request.tenant).service += _OUTPUT_WEIGHT * num_new
 
     def ahead_of(self, tenant_name: str, order: int) -> Ahead:
         """What would be admitted before a new request if no other came.

@@ -160,7 +160,7 @@ class Harness:
 
     async def settled(self, limit_s: float = LIMIT_S) -> None:
         """Waits until nothing runs or waits and every block is free again."""
-        batch = self.book._batch
+        batch = self.book.batch
         assert batch is not None
         async with asyncio.timeout(limit_s):
             while batch.num_running or len(batch.queue) or batch.num_unreported:
@@ -187,7 +187,7 @@ async def running_group(
     made = make_config(addresses, **config)
     outbox, heard = Outbox(), Heard()
     metrics = EngineMetrics("fake")
-    book = RequestBook(outbox, metrics, made.max_queue_requests)
+    book = RequestBook(outbox, metrics, made.max_queue_requests, made.max_queue_prompt_tokens)
 
     def flush() -> None:
         for messages in outbox.take().values():

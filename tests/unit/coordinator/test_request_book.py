@@ -224,7 +224,7 @@ def test_a_call_that_broke_after_its_last_token_ends_at_once() -> None:
     asyncio.run(run())
 
 
-def test_a_released_request_is_ended_without_a_word_and_its_blocks_are_free() -> None:
+def test_a_released_request_is_ended_once_with_its_times_and_its_blocks_are_free() -> None:
     async def run() -> None:
         async with running_group(max_num_seqs=1) as group:
             group.submit(1, [1], 100)
@@ -234,7 +234,14 @@ def test_a_released_request_is_ended_without_a_word_and_its_blocks_are_free() ->
                 group.book.release(0, engine_pb2.Release(handle=handle, reason="cancelled"))
             group.leader.wake()
             await group.settled()
-            assert group.heard.ended == {}
+            assert sorted(group.heard.ended) == [1, 2]
+            for handle in (1, 2):
+                (ended,) = group.heard.ended[handle]
+                assert ended.status_code == 0
+                assert ended.finish_reason == generate_pb2.FINISH_REASON_UNSPECIFIED
+            assert group.heard.ended[1][0].times.step_count > 2
+            assert group.heard.ended[2][0].times.step_count == 0
+            assert group.heard.ended[2][0].times.queue_seconds > 0
             assert group.metrics.request_success == {"cancelled": 2}
             assert group.book.num_in_flight == 0
 

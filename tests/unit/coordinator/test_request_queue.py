@@ -18,7 +18,7 @@ GREEDY = Sampling(0.0, 0, 1.0, 0.0, 7, 1.0, 0.0, 0.0, 0, (), -1)
 
 def make_request(order: int, tenant: str = "", prompt_len: int = 4, max_tokens: int = 4) -> Request:
     prompt_ids = np.zeros(prompt_len, dtype=np.int32)
-    return Request(order, 0, order, str(order), prompt_ids, max_tokens, GREEDY, 0.0, tenant)
+    return Request(order, 0, order, str(order), prompt_ids, max_tokens, GREEDY, 0.0, tenant=tenant)
 
 
 def take_all(queue: RequestQueue) -> list[int]:
@@ -105,7 +105,9 @@ class History:
             self.queue.put_back(request)
 
     def charge(self, tenant: int, prompt_len: int, where: int) -> None:
-        self.queue.charge_output(self.running * (where + 1))
+        for request in self.running:
+            request.output_ids += [0] * where
+            self.queue.charge_output(request)
 
     def check(self) -> None:
         listed = [request.order for request in self.queue]
@@ -161,8 +163,9 @@ class Server:
                 )
                 self._running.append((request, self.step + 10))
                 self.tokens[request.request_id] += request.prompt_len
-            self.queue.charge_output([request for request, _ in self._running])
             for request, _ in self._running:
+                request.output_ids.append(0)
+                self.queue.charge_output(request)
                 self.tokens[request.request_id] += 2
             self.step += 1
             self._running = [(one, end) for one, end in self._running if end > self.step]
@@ -223,7 +226,9 @@ def test_a_tenant_that_leaves_and_returns_keeps_its_debt() -> None:
     greedy = make_request(100, "greedy", 1)
     queue.append(greedy)
     queue.take(greedy.order)
-    queue.charge_output([greedy] * 25)  # a long answer
+    greedy.output_ids += [0] * 25  # a long answer
+    queue.charge_output(greedy)
+    queue.charge_output(greedy)  # nothing new
     queue.append(make_request(101, "greedy", 1))
     assert [request.tenant for request in queue][:7] == ["patient"] * 6 + ["greedy"]
 
@@ -251,7 +256,8 @@ def test_counters_of_tenants_that_have_gone_do_not_pile_up(
         request = make_request(order, f"once-{order}", 4)
         queue.append(request)
         queue.remove(request)
-        queue.charge_output([request] * (order % 7))
+        request.output_ids += [0] * (order % 7)
+        queue.charge_output(request)
         assert len(queue._tenants) <= 31 and len(queue._heap) <= 31
     assert take_all(queue) == [0, 1, 2, 3, 4]
 
@@ -268,7 +274,9 @@ def test_the_first_of_many_is_found_without_reading_the_others() -> None:
 
     for order in range(1000):
         plain = make_request(order, f"tenant-{order % 10}")
-        queue.append(Watched(order, 0, order, "", plain.prompt_ids, 4, GREEDY, 0.0, plain.tenant))
+        queue.append(
+            Watched(order, 0, order, "", plain.prompt_ids, 4, GREEDY, 0.0, tenant=plain.tenant)
+        )
     read.clear()
     first = iter(queue)
     assert [next(first).order for _ in range(3)] == [0, 1, 2]
