@@ -49,7 +49,9 @@ class Batch:
         self._active: dict[int, Request] = {}  # by order: those that hold a slot
         self._prefilling: list[Request] = []
         self.outstanding = Outstanding()
+        self._prompt_tokens = Counter[int]()  # in chunks, by step
         self._encoder = CommandEncoder(epoch)
+        self.epoch = epoch
 
     @property
     def num_running(self) -> int:
@@ -80,6 +82,11 @@ class Batch:
         """Share of the usable blocks that sequences own, 0 to 1."""
         usable = self.allocator.num_usable_blocks
         return 1.0 - self.allocator.num_free_blocks / usable
+
+    @property
+    def num_tokens_to_prefill(self) -> int:
+        """Of requests that hold a slot: tokens whose chunks are not sent yet."""
+        return sum(request.prefill_len - request.num_prefilled for request in self._prefilling)
 
     def enqueue(self, request: Request) -> None:
         """Puts a new request into the queue; a sample once it can share its leader's blocks."""
@@ -148,6 +155,10 @@ class Batch:
     def resolve(self, command_id: int, step: int) -> Sequence[Request]:
         """As `Outstanding.resolve`."""
         return self.outstanding.resolve(command_id, step)
+
+    def pop_prompt_tokens(self, step: int) -> int:
+        """How many tokens the chunks of a step held; asked once when it is reported."""
+        return self._prompt_tokens.pop(step, 0)
 
     def take_num_preemptions(self) -> int:
         """Preemptions since the last call."""
@@ -239,9 +250,11 @@ class Batch:
             delta.open(request, self._take_blocks(chunk.num_new_blocks), self.limits.block_size)
         else:
             self._give_blocks(request, chunk.num_new_blocks, delta)
+        self._prompt_tokens[self.last_step + 1] += chunk.length
         delta.add_chunk(request, chunk.start, chunk.length)
         request.num_prefilled += chunk.length
         self.prefix_cache.chunk_sent(request)
+        request.num_partial_chunks += request.num_prefilled < request.prefill_len
         return request
 
     def _queue_samples(self, leaders: Sequence[Request]) -> None:

@@ -60,6 +60,7 @@ FLAGS = (
     Flag("port", tcp_port, 50051, "gRPC port; 0: any"),
     Flag("metrics-port", tcp_port, 9851, "Prometheus port; 0: any"),
     Flag("max-queue-requests", positive_int, 1024, "most requests that wait"),
+    Flag("max-queue-prompt-tokens", positive_int, 1 << 20, "most prompt tokens that wait"),
     Flag("num-frontends", positive_int, 1, "processes that serve the public API"),
     Flag("slow-client-seconds", _TIMEOUT, 30.0, "seconds that unread output is kept"),
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
@@ -92,6 +93,7 @@ class CoordinatorConfig:
     port: int = 50051
     metrics_port: int = 9851
     max_queue_requests: int = 1024
+    max_queue_prompt_tokens: int = 1 << 20
     num_frontends: int = 1
     slow_client_seconds: float = 30.0
     log_format: str = "text"

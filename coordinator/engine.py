@@ -47,7 +47,9 @@ class Engine:
         self._metrics = metrics
         self._metrics_port = metrics_port
         self._outbox = Outbox()
-        self._book = RequestBook(self._outbox, metrics, config.max_queue_requests)
+        self._book = RequestBook(
+            self._outbox, metrics, config.max_queue_requests, config.max_queue_prompt_tokens
+        )
         self._frontends: list[FrontendProcess] = []
         self._ports: dict[int, int] = {}
         self._all_listen = asyncio.Event()
@@ -166,6 +168,9 @@ class Engine:
             self._book.release(index, message.release)
         elif kind == "abort":
             self._book.abort(index, message.abort)
+        elif kind == "alive":
+            self._book.alive(index, message.alive.stream_count)
+            return
         elif kind == "rejected":
             self._metrics.requests_rejected[message.rejected.reason] += message.rejected.count
             return

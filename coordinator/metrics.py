@@ -7,6 +7,7 @@ observation per token would otherwise cost more than the rest of a step's bookke
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Histogram:
 
     def __init__(self, bounds_s: Sequence[float]) -> None:
         self._bounds = np.array(bounds_s)
+        self._bounds_list = list(bounds_s)
         self._counts = np.zeros(len(bounds_s) + 1, dtype=np.int64)
         self.sum = 0.0
 
@@ -51,6 +53,11 @@ class Histogram:
         self._counts += np.bincount(buckets, minlength=len(self._counts))
         self.sum += float(sum(values))
 
+    def observe_one(self, value: float) -> None:
+        """Adds a value, seconds; cheaper than `observe` for a single one."""
+        self._counts[bisect_left(self._bounds_list, value)] += 1
+        self.sum += value
+
     def cumulative(self) -> list[tuple[str, float]]:
         """(upper bound, values up to it) as Prometheus wants them."""
         bounds = [*(str(bound) for bound in self._bounds.tolist()), "+Inf"]
@@ -65,6 +72,10 @@ class EngineMetrics:
     model_name: str
     num_requests_running: int = 0
     num_requests_waiting: int = 0
+    queue_prompt_tokens: int = 0
+    num_tenants_waiting: int = 0
+    predicted_ttft: float = 0.0
+    requests_without_client: int = 0
     kv_cache_usage: float = 0.0
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -82,6 +93,9 @@ class EngineMetrics:
     time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
     inter_token_latency: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
     e2e_latency: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
+    request_queue_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
+    request_prefill_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
+    request_decode_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
 
 
 class _EngineCollector(Collector):
@@ -100,6 +114,14 @@ class _EngineCollector(Collector):
         plain = (
             ("num_requests_running", "Requests in the batch.", metrics.num_requests_running),
             ("num_requests_waiting", "Requests in the queue.", metrics.num_requests_waiting),
+            ("queue_prompt_tokens", "Prompt tokens in the queue.", metrics.queue_prompt_tokens),
+            ("num_tenants_waiting", "Tenants in the queue.", metrics.num_tenants_waiting),
+            ("predicted_ttft_seconds", "For a request behind all.", metrics.predicted_ttft),
+            (
+                "requests_without_client",
+                "Requests that no frontend holds.",
+                metrics.requests_without_client,
+            ),
             ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", metrics.kv_cache_usage),
         )
         for name, text, value in plain:
@@ -168,6 +190,9 @@ class _EngineCollector(Collector):
             ("time_to_first_token", "Arrival to first token.", metrics.time_to_first_token),
             ("inter_token_latency", "Between a request's tokens.", metrics.inter_token_latency),
             ("e2e_request_latency", "Arrival to end of a request.", metrics.e2e_latency),
+            ("request_queue_time", "Arrival to first chunk.", metrics.request_queue_time),
+            ("request_prefill_time", "First chunk to first token.", metrics.request_prefill_time),
+            ("request_decode_time", "First token to end.", metrics.request_decode_time),
         ):
             family = HistogramMetricFamily(f"lockstep_{name}_seconds", text, labels=["model_name"])
             family.add_metric([metrics.model_name], histogram.cumulative(), histogram.sum)

@@ -65,7 +65,11 @@ class Sampling:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One request from Submit to its end. `order` numbers requests by arrival: smaller is older."""
+    """One request from Submit to its end.
+
+    `order` is its precedence, unique among requests in flight: of two that hold slots the larger
+    gives up its place first (see precedence.py). Times are of CLOCK_MONOTONIC, in seconds.
+    """
 
     order: int
     frontend: int
@@ -74,11 +78,14 @@ class Request:
     prompt_ids: npt.NDArray[np.int32]
     max_tokens: int
     sampling: Sampling
-    arrival_time: float  # CLOCK_MONOTONIC, seconds
+    arrival_time: float
     output_ids: list[int] = field(default_factory=list)  # resumed ones included
     tenant: str = ""
     use_prefix_cache: bool = True
     leader: Request | None = None  # sample 0 of the same call, if this is another sample
+    group: int = 0  # handle of sample 0 of its call
+    deadline: float = 0.0  # 0: none
+    num_resumed: int = 0  # output tokens of an earlier call
     state: RequestState = RequestState.WAITING
     slot: int = 0  # 0: none
     row: int = -1  # -1: none
@@ -90,7 +97,13 @@ class Request:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it first got a slot
     prefix_keys: PrefixKeys | None = None  # None: shares no blocks
     ready_after_step: int = 0  # preempted: last step that may still report a token
-    last_token_time: float = 0.0  # 0: no token yet
+    num_charged: int = 0  # output tokens that its tenant was charged for
+    num_partial_chunks: int = 0  # that did not end what was to prefill
+    num_preemptions: int = 0
+    first_chunk_time: float = 0.0  # 0: none sent yet
+    sums_at_first_chunk: tuple[int, int] = (0, 0)  # see TimeKeeper
+    first_token_time: float = 0.0  # 0: no token yet
+    last_token_time: float = 0.0
 
     @property
     def prompt_len(self) -> int:
@@ -139,6 +152,7 @@ class Request:
         self._enter(RequestState.PREEMPTED)
         self._forget_place()
         self.ready_after_step = last_sent_step
+        self.num_preemptions += 1
 
     def finish(self) -> None:
         """Any state but finished -> finished."""

@@ -31,6 +31,7 @@ def apply_result(
     Raises ProtocolBroken if the result does not fit what was sent.
     """
     entries = batch.resolve(result.command_id, result.step)
+    book.step_reported(result)
     token_ids = unpack_int32(result.token_ids)
     all_flags = result.flags
     if len(token_ids) != len(entries) or len(all_flags) != len(entries):
@@ -53,6 +54,7 @@ def apply_result(
             gaps.append(now - request.last_token_time)
         else:
             first_delays.append(now - request.arrival_time)
+            request.first_token_time = now
         request.last_token_time = now
         logprobs = alternatives.of(index, request) if alternatives else None
         book.take_token(request, token_id, bool(flags & _FLAG_STOP), logprobs)

@@ -25,7 +25,8 @@ class Rows:
     """The decode batch, one entry a row; int64 `[num_rows]` each, read only.
 
     `next_positions` are upper bounds, below `final_limits`: rows whose every position is granted
-    have left. `orders` names the requests: smaller is older.
+    have left. `orders` names the requests: smaller is older. Age is that of precedence.py
+    everywhere here, where urgency counts like an earlier arrival.
     """
 
     orders: IntArray

@@ -72,6 +72,8 @@ class StepLoop:
             await asyncio.sleep(_TICK_S)
             now = time.monotonic()
             self._watch.check(now)
+            if self._book.tick(now):
+                self.wake()
             idle_s = now - self._last_sent_at
             if not self._batch.num_unreported and idle_s >= self._heartbeat_idle_s:
                 self._send_heartbeat(now)
@@ -149,5 +151,6 @@ class StepLoop:
 
     def _sent(self, command: bytes, now: float) -> None:
         self._send(command)
+        self._book.command_sent(now)
         self._last_sent_at = now
         self._watch.sent(self._batch.last_command_id, self._batch.last_step, now)

@@ -32,6 +32,10 @@ def make_submit(
     stop_ids: Sequence[int] = (),
     resume: Sequence[int] = (),
     logprobs: int | None = None,
+    group: int = 0,
+    tenant: str = "",
+    priority: int = 0,
+    deadline: float = 0.0,
     **sampling: Any,
 ) -> engine_pb2.Submit:
     """A Submit as frontends send it: every parameter set."""
@@ -58,6 +62,10 @@ def make_submit(
         sampling_params=params,
         stop_ids=pack(stop_ids),
         arrival_time=asyncio.get_running_loop().time(),
+        group=group,
+        tenant=tenant,
+        priority=priority,
+        deadline=deadline,
     )
 
 
@@ -152,7 +160,7 @@ class Harness:
 
     async def settled(self, limit_s: float = LIMIT_S) -> None:
         """Waits until nothing runs or waits and every block is free again."""
-        batch = self.book._batch
+        batch = self.book.batch
         assert batch is not None
         async with asyncio.timeout(limit_s):
             while batch.num_running or len(batch.queue) or batch.num_unreported:
@@ -179,7 +187,7 @@ async def running_group(
     made = make_config(addresses, **config)
     outbox, heard = Outbox(), Heard()
     metrics = EngineMetrics("fake")
-    book = RequestBook(outbox, metrics, made.max_queue_requests)
+    book = RequestBook(outbox, metrics, made.max_queue_requests, made.max_queue_prompt_tokens)
 
     def flush() -> None:
         for messages in outbox.take().values():

@@ -96,7 +96,7 @@ def test_commands_run_ahead_of_results() -> None:
             for one in settings:
                 one.is_stalled = True
             group.submit(1, [1, 2, 3], 20)
-            batch = group.book._batch
+            batch = group.book.batch
             assert batch is not None
             async with asyncio.timeout(5):
                 while batch.num_unreported < 2:
