@@ -78,6 +78,11 @@ class Batch:
         return self._encoder.last_step
 
     @property
+    def last_reported_step(self) -> int:
+        """Last step whose results have come."""
+        return self.outstanding.last_reported_step
+
+    @property
     def kv_usage(self) -> float:
         """Share of the usable blocks that sequences own, 0 to 1."""
         usable = self.allocator.num_usable_blocks
@@ -211,7 +216,7 @@ class Batch:
 
     def _waiting_views(self) -> Iterator[Waiting]:
         for request in self.queue:
-            if request.ready_after_step > self.outstanding.last_reported_step:
+            if request.ready_after_step > self.last_reported_step:
                 yield Waiting(request.order, request.num_to_prefill, is_ready=False)
                 continue
             cached = self.prefix_cache.find(request)

@@ -99,7 +99,7 @@ def test_a_preempted_request_keeps_tokens_in_flight_and_waits_for_the_last_of_th
             apply(batch, unreported.popleft())
     had = len(young.output_ids)
     assert unreported and not next(iter(batch._waiting_views())).is_ready
-    while batch.outstanding.last_reported_step < young.ready_after_step:
+    while batch.last_reported_step < young.ready_after_step:
         apply(batch, unreported.popleft())
     assert len(young.output_ids) > had
     assert next(iter(batch._waiting_views())).is_ready

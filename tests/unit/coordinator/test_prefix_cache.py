@@ -100,7 +100,7 @@ def test_a_prompt_block_is_shared_once_the_command_that_fills_it_is_sent() -> No
     second = batch.next_command(with_table_digest=True)
     assert first is not None and second is not None
     assert [request.cached_len for request in [*together, later]] == [0, 0, 4]
-    assert batch.outstanding.last_reported_step == 0
+    assert batch.last_reported_step == 0
     for result in [*rank.run(first), *rank.run(second)]:
         apply(batch, result)
     run_all(batch, rank)
