@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 import struct
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
 
 from protos.lockstep.v1.worker_pb2 import SlotOpen, StepCommand, TableDelta
 from tests.helpers.command_maker import CommandMaker, packed
@@ -108,11 +111,11 @@ def _spoil_packed(rng: random.Random, delta: TableDelta) -> None:
 
 def _spoil_opening(rng: random.Random, delta: TableDelta) -> None:
     opening = delta.opened_slots[0] if delta.opened_slots else delta.opened_slots.add()
-    field = rng.choice(SlotOpen.DESCRIPTOR.fields)
+    field: Any = rng.choice(SlotOpen.DESCRIPTOR.fields)
     if field.name in ("block_ids", "stop_ids", "cached_token_ids"):
         words = [rng.choice(_EXTREMES) for _ in range(rng.randint(0, 20))]
         setattr(opening, field.name, packed(*words) + b"\0" * rng.choice([0, 0, 1]))
-    elif field.cpp_type == field.CPPTYPE_FLOAT:
+    elif field.cpp_type == FieldDescriptor.CPPTYPE_FLOAT:
         setattr(opening, field.name, rng.choice(_FLOATS))
     else:
         setattr(opening, field.name, rng.choice(_EXTREMES))
