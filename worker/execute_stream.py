@@ -12,6 +12,8 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 
+from google.protobuf.message import DecodeError
+
 from protos.lockstep.v1 import worker_pb2
 from worker.device_thread import DeviceThread
 from worker.errors import CommandRefused
@@ -53,11 +55,14 @@ class ExecuteStream:
         return self._last_step
 
     async def receive(self, requests: AsyncIterator[worker_pb2.ExecuteRequest]) -> None:
-        """Hands every command to the device thread, in order."""
-        async for request in requests:
-            arrived = time.monotonic()
-            ran = self._device_thread.submit(self._execute, request.command, arrived)
-            ran.add_done_callback(self._check)
+        """Hands every command to the device thread, in order; bytes that are none end the epoch."""
+        try:
+            async for request in requests:
+                arrived = time.monotonic()
+                ran = self._device_thread.submit(self._execute, request.command, arrived)
+                ran.add_done_callback(self._check)
+        except DecodeError as error:
+            self.fail(f"a message is no ExecuteRequest: {error}", is_refusal=True)
 
     async def reports(self) -> AsyncIterator[worker_pb2.ExecuteResponse]:
         """What to send; ends after a failure."""

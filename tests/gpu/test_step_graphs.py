@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from protos.lockstep.v1.worker_pb2 import TableDelta
+from tests.helpers.command_maker import packed
 from tests.helpers.tiny_models import write_tiny_model
 from tests.unit.worker.test_executor import (
     PROMPT,
     Commands,
     engine_config,
     opening,
-    packed,
     prefill,
 )
 from worker.config import WorkerConfig

@@ -77,7 +77,9 @@ class SimulatedSlots:
         self._is_stopped[slot] = False
         self._stops_from[slot] = params.prompt_len + params.min_tokens
         self._stop_ids[slot] = -1
-        self._stop_ids[slot, : len(params.stop_ids)] = params.stop_ids
+        # No model chooses an id that it has no logit for.
+        stop_ids = [token for token in params.stop_ids if token < self._vocab_size]
+        self._stop_ids[slot, : len(stop_ids)] = stop_ids
         self._num_logprobs[slot] = -1 if params.num_logprobs is None else params.num_logprobs
 
     def _add_logprobs(

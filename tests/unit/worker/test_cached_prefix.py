@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from protos.lockstep.v1.worker_pb2 import EngineConfig, SlotOpen, TableDelta
+from tests.helpers.command_maker import packed
 from tests.helpers.tiny_models import write_tiny_model
-from tests.unit.worker.test_executor import Commands, packed
+from tests.unit.worker.test_executor import Commands
 from worker.config import WorkerConfig
 from worker.models.spec import load_model_spec
 from worker.rank import Rank
