@@ -1,6 +1,7 @@
 """Which requests' deadlines have passed."""
 
 import heapq
+import itertools
 from collections.abc import Callable
 
 from coordinator.request import Request
@@ -17,6 +18,7 @@ class Deadlines:
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Request]] = []
+        self._numbers = itertools.count()  # so that requests are never compared
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -24,7 +26,7 @@ class Deadlines:
     def add(self, request: Request) -> None:
         """A request was taken in."""
         if request.deadline:
-            heapq.heappush(self._heap, (request.deadline, request.order, request))
+            heapq.heappush(self._heap, (request.deadline, next(self._numbers), request))
 
     def end_passed(self, now: float, num_in_flight: int, end: Callable[[Request], None]) -> bool:
         """Calls `end` for each request whose deadline is before `now`; True if there was one.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 _STEP_WEIGHT = 0.02  # of the newest step with prompts: about the last 50 count
 _STAY_WEIGHT = 0.05  # of the newest request that gave up its slot
+_ADMISSION_WEIGHT = 0.05  # of the newest request that got one
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Predictor:
     Slots and blocks: a request that holds a slot stays `s` seconds on average, so of `n` running
     one ends every s / n seconds (Little's law), and what is in use comes free within s.
 
+    Prompts that wait are taken to be found in the prefix cache to the share that the last admitted
+    ones were, weighted by their tokens.
+
     Optimistic where it knows nothing: without steps, or without requests that ended, that part is
     0. A prediction never falls when more is ahead. Pure: reads no clock. Owned by the event loop.
     """
@@ -38,6 +42,8 @@ class Predictor:
         # Weighted means of x, y, x * x and x * y.
         self._x = self._y = self._xx = self._xy = 0.0
         self._stay_s: float | None = None
+        # Weighted means of the tokens of an admitted request, and of those that had to be computed.
+        self._admitted = self._computed = 0.0
 
     def observe_step(self, num_prompt_tokens: int, seconds: float) -> None:
         """A step took that long; steps without prompt tokens say nothing here."""
@@ -52,6 +58,11 @@ class Predictor:
         self._xx += weight * (x * x - self._xx)
         self._xy += weight * (x * y - self._xy)
 
+    def observe_admission(self, num_tokens: int, num_cached: int) -> None:
+        """A request got its first slot; of its tokens so many were in the prefix cache."""
+        self._admitted += _ADMISSION_WEIGHT * (num_tokens - self._admitted)
+        self._computed += _ADMISSION_WEIGHT * (num_tokens - num_cached - self._computed)
+
     def observe_stay(self, seconds: float) -> None:
         """A request gave up its slot for good that long after it got one."""
         if self._stay_s is None:
@@ -61,14 +72,16 @@ class Predictor:
     def time_to_first_token(self, num_own_tokens: int, load: Load) -> float:
         """Seconds until a request with a prompt of that length would get its first token."""
         lacking_slots = load.num_requests_ahead + 1 - load.num_free_slots
-        num_tokens = load.num_tokens_ahead + num_own_tokens
+        # The last position is computed whatever the cache holds.
+        num_own = max(num_own_tokens * self._computed_share, 1.0)
+        num_tokens = load.num_tokens_ahead * self._computed_share + num_own
         wait_s = max(
             self._release_s(lacking_slots, load.num_running),
             self._release_s(num_tokens - load.num_free_positions, load.num_used_positions),
         )
         # Prompts ahead are prefilled while this one waits for its slot.
         return max(
-            wait_s + self._prefill_s(num_own_tokens, load.num_running),
+            wait_s + self._prefill_s(num_own, load.num_running),
             self._prefill_s(num_tokens, load.num_running),
         )
 
@@ -76,8 +89,13 @@ class Predictor:
         """Seconds until that much has left the queue."""
         return max(
             self._release_s(num_requests - load.num_free_slots, load.num_running),
-            self._prefill_s(num_tokens, load.num_running),
+            self._prefill_s(num_tokens * self._computed_share, load.num_running),
         )
+
+    @property
+    def _computed_share(self) -> float:
+        """Of the tokens of a prompt; 1 until something was admitted."""
+        return self._computed / self._admitted if self._admitted else 1.0
 
     def _release_s(self, num_lacking: float, num_in_use: int) -> float:
         """Time until so many of those in use are free."""

@@ -132,6 +132,10 @@ class RequestBook:
         """A command goes to the ranks, with the first chunks of what was taken from the queue."""
         assert self._epoch is not None
         for request in self._epoch.batch.queue.pop_taken():
+            if not request.first_chunk_time:
+                self._epoch.control.predictor.observe_admission(
+                    request.num_to_prefill, request.num_cached_tokens
+                )
             self._epoch.keeper.began(request, now)
 
     def step_reported(self, result: worker_pb2.StepResult) -> None:

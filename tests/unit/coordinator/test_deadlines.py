@@ -28,6 +28,16 @@ def test_each_passed_deadline_ends_its_request_once_and_in_order() -> None:
     assert len(deadlines) == 1
 
 
+def test_requests_with_one_deadline_end_together_whatever_their_order() -> None:
+    # The order of a request that has ended may be given to another.
+    deadlines = Deadlines()
+    same = [due(1, 3.0), due(1, 3.0)]
+    for request in same:
+        deadlines.add(request)
+    assert deadlines.end_passed(4.0, 2, Request.finish)
+    assert all(request.is_finished for request in same)
+
+
 def test_requests_that_ended_long_before_their_deadline_do_not_pile_up() -> None:
     deadlines = Deadlines()
     running = due(0, 1e6)

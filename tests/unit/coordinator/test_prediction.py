@@ -63,6 +63,20 @@ def test_a_lack_of_blocks_waits_for_what_is_in_use() -> None:
     assert predictor.time_to_first_token(100, load) < 0.01
 
 
+def test_prompts_are_expected_in_the_prefix_cache_as_often_as_the_last_ones_were() -> None:
+    predictor = learnt([(1000, 0.2)] * 10, [8.0] * 10)
+    for _ in range(200):
+        predictor.observe_admission(1000, 750)
+        predictor.observe_admission(200, 50)
+    # 400 of 1,200 tokens are computed.
+    behind = Load(num_requests_ahead=1, num_tokens_ahead=12_000, num_free_slots=9)
+    assert predictor.time_to_first_token(3_000, behind) == pytest.approx(1.0, rel=0.05)
+    assert predictor.time_to_drain(0, 15_000, behind) == pytest.approx(1.0, rel=0.05)
+    for _ in range(200):
+        predictor.observe_admission(1000, 0)
+    assert predictor.time_to_first_token(3_000, behind) == pytest.approx(3.0, rel=0.05)
+
+
 def test_recent_steps_count_more_than_old_ones() -> None:
     predictor = learnt([(1000, 0.1)] * 300 + [(1000, 0.4)] * 300)
     assert predictor.time_to_first_token(1000, Load()) == pytest.approx(0.4, rel=0.02)
@@ -87,6 +101,7 @@ LOADS = st.builds(
     load=LOADS,
     own=st.integers(1, 10**5),
     more=st.tuples(st.floats(0, 100), st.floats(0, 1e5), st.integers(0, 10**4)),
+    cached=st.lists(st.integers(0, 100), max_size=3),
 )
 def test_more_ahead_is_never_predicted_to_be_sooner(
     steps: list[tuple[int, float]],
@@ -94,8 +109,11 @@ def test_more_ahead_is_never_predicted_to_be_sooner(
     load: Load,
     own: int,
     more: tuple[float, float, int],
+    cached: list[int],
 ) -> None:
     predictor = learnt(steps, stays)
+    for num_cached in cached:
+        predictor.observe_admission(100, num_cached)
     longer = replace(
         load,
         num_requests_ahead=load.num_requests_ahead + more[0],
@@ -105,3 +123,10 @@ def test_more_ahead_is_never_predicted_to_be_sooner(
     after = predictor.time_to_first_token(own + more[2], longer)
     assert 0.0 <= before <= after * (1 + 1e-9)
     assert predictor.time_to_drain(5, own, load) <= predictor.time_to_drain(6, own + 1, load)
+
+
+def test_the_property_sees_a_prediction_that_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Predictor, "_fit", lambda self: (self._y, -self._y / 10))
+    check = test_more_ahead_is_never_predicted_to_be_sooner.hypothesis.inner_test  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError):
+        check([(100, 1.0)], [], Load(num_free_slots=99), 100, (1.0, 500.0, 0), [])
