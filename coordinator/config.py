@@ -20,6 +20,8 @@ from lockstep.daemon.flags import (
 # Settings that daemons share a file and an environment for, but that are not ours.
 ELSEWHERE = frozenset({"tp", "devices", "device", "num-threads", "nccl-path"})
 
+_MIN_LOG_BYTES = 1 << 20
+
 
 def _addresses(text: str) -> tuple[str, ...]:
     addresses = tuple(part.strip() for part in text.split(","))
@@ -34,6 +36,13 @@ def _addresses(text: str) -> tuple[str, ...]:
 
 def _path(text: str) -> Path:
     return Path(text)
+
+
+def _log_size(text: str) -> int:
+    size = byte_size(text)
+    if size < _MIN_LOG_BYTES:
+        raise ValueError(f"want at least {_MIN_LOG_BYTES >> 10}K")
+    return size
 
 
 _TIMEOUT = float_between(0.1, 86400.0)
@@ -60,6 +69,8 @@ FLAGS = (
     Flag("port", tcp_port, 50051, "gRPC port; 0: any"),
     Flag("metrics-port", tcp_port, 9851, "Prometheus port; 0: any"),
     Flag("max-queue-requests", positive_int, 1024, "most requests that wait"),
+    Flag("step-log", str, "", "file to log step commands and results to, for lockstep replay"),
+    Flag("step-log-bytes", _log_size, 256 << 20, "most bytes of the step log's files together"),
     Flag("num-frontends", positive_int, 1, "processes that serve the public API"),
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
     Flag("ready-file", str, "", "file to write once requests can be answered"),
@@ -91,6 +102,8 @@ class CoordinatorConfig:
     port: int = 50051
     metrics_port: int = 9851
     max_queue_requests: int = 1024
+    step_log: str = ""
+    step_log_bytes: int = 256 << 20
     num_frontends: int = 1
     log_format: str = "text"
     ready_file: str = ""

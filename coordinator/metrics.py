@@ -70,6 +70,8 @@ class EngineMetrics:
     generation_tokens: int = 0
     preemptions: int = 0
     group_restarts: int = 0
+    step_log_up: bool = False
+    step_log_dropped: int = 0
     request_success: Counter[str] = field(default_factory=Counter)
     requests_failed: Counter[str] = field(default_factory=Counter)
     requests_rejected: Counter[str] = field(default_factory=Counter)
@@ -97,6 +99,7 @@ class _EngineCollector(Collector):
             ("num_requests_running", "Requests in the batch.", metrics.num_requests_running),
             ("num_requests_waiting", "Requests in the queue.", metrics.num_requests_waiting),
             ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", metrics.kv_cache_usage),
+            ("step_log_up", "The step log is being written.", metrics.step_log_up),
         )
         for name, text, value in plain:
             family = GaugeMetricFamily(f"lockstep_{name}", text, labels=["model_name"])
@@ -126,6 +129,7 @@ class _EngineCollector(Collector):
             ("generation_tokens", "Tokens generated.", metrics.generation_tokens),
             ("preemptions", "Requests that lost their place.", metrics.preemptions),
             ("group_restarts", "Times the ranks had to start again.", metrics.group_restarts),
+            ("step_log_dropped", "Records the step log lacks.", metrics.step_log_dropped),
         )
         for name, text, value in plain:
             family = CounterMetricFamily(f"lockstep_{name}", text, labels=["model_name"])

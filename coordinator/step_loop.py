@@ -16,6 +16,9 @@ from coordinator.metrics import EngineMetrics
 from coordinator.progress_watch import ProgressWatch
 from coordinator.request_book import RequestBook
 from coordinator.results import apply_result
+from coordinator.step_log import StepLog
+from coordinator.step_snapshot import snapshot_tables
+from coordinator.worker_group import loss_by_failure
 from protos.lockstep.v1 import worker_pb2
 
 _MIN_AHEAD = 2
@@ -43,7 +46,9 @@ class StepLoop:
         send: Callable[[bytes], None],
         flush: Callable[[], None],
         step_timeout_s: float,
+        step_log: StepLog | None = None,
     ) -> None:
+        self._log = step_log
         self._batch = batch
         self._book = book
         self._watch = watch
@@ -58,7 +63,10 @@ class StepLoop:
 
     @property
     def num_ahead(self) -> int:
-        """Commands to keep outstanding at the present step time."""
+        """Commands to keep outstanding at the present step time; none while a segment of the step
+        log is due, which begins when nothing is outstanding."""
+        if self._log is not None and self._log.is_due:
+            return 0
         return min(max(_MIN_AHEAD, math.ceil(_AHEAD_S / self._step_s)), _MAX_AHEAD)
 
     def wake(self) -> None:
@@ -84,6 +92,8 @@ class StepLoop:
 
     def take_report(self, rank: int, response: worker_pb2.ExecuteResponse) -> None:
         """Applies a report of a rank; raises RankLost if it is a failure or makes no sense."""
+        if self._log is not None:
+            self._log.received(rank, response)
         kind = response.WhichOneof("report")
         if kind == "result" and rank == 0:
             self._take_result(response.result)
@@ -97,13 +107,7 @@ class StepLoop:
                 time.monotonic(),
             )
         elif kind == "failure":
-            failure = response.failure
-            verb = "refused" if failure.is_refusal else "failed in"
-            raise RankLost(
-                rank,
-                failure.step or self._watch.last_step(rank) + 1,
-                f"{verb} command {failure.command_id}: {failure.message}",
-            )
+            raise loss_by_failure(rank, response.failure, self._watch.last_step(rank))
         else:
             raise RankLost(rank, self._watch.last_step(rank) + 1, f"sent an unasked {kind} report")
 
@@ -121,6 +125,8 @@ class StepLoop:
     def _pump(self) -> None:
         """Sends commands until enough is outstanding, then tells the frontends the news."""
         batch = self._batch
+        if not self.num_ahead and not batch.num_unreported:
+            self._send_heartbeat(time.monotonic())
         while batch.num_unreported < self.num_ahead:
             now = time.monotonic()
             with_digest = now - self._last_digest_at >= _TABLE_DIGEST_PERIOD_S
@@ -137,10 +143,15 @@ class StepLoop:
         self._flush()
 
     def _send_heartbeat(self, now: float) -> None:
+        """Tells the ranks what has changed, grants nothing; the step log goes on from there."""
         self._batch.check()
         self._sent(self._batch.heartbeat_command(), now)
+        if self._log is not None and self._log.is_due:
+            self._log.begin_segment(snapshot_tables(self._batch))
 
     def _sent(self, command: bytes, now: float) -> None:
         self._send(command)
+        if self._log is not None:
+            self._log.sent(command, self._batch.last_command_id)
         self._last_sent_at = now
         self._watch.sent(self._batch.last_command_id, self._batch.last_step, now)
