@@ -23,7 +23,8 @@ ELSEWHERE = frozenset({"tp", "devices", "device", "num-threads", "nccl-path"})
 _MIN_LOG_BYTES = 1 << 20
 
 
-def _addresses(text: str) -> tuple[str, ...]:
+def worker_addresses(text: str) -> tuple[str, ...]:
+    """Parses host:port,host:port,...; ValueError says what it wants."""
     addresses = tuple(part.strip() for part in text.split(","))
     for address in addresses:
         host, _, port = address.rpartition(":")
@@ -50,7 +51,7 @@ _TIMEOUT = float_between(0.1, 86400.0)
 FLAGS = (
     Flag("model", _path, None, "checkpoint folder"),
     Flag("served-model-name", str, "", "name clients use; default: the folder's name"),
-    Flag("workers", _addresses, (), "host:port of each worker, in order of rank"),
+    Flag("workers", worker_addresses, (), "host:port of each worker, in order of rank"),
     Flag("dtype", choice("auto", "float32", "bfloat16", "float16"), "auto", "of weights and cache"),
     Flag("max-model-len", int_at_least(0), 0, "longest prompt + output; 0: what fits"),
     Flag("max-num-seqs", positive_int, 256, "most requests in the batch"),

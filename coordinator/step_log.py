@@ -27,7 +27,7 @@ _NUM_SEGMENTS = 4
 # loop comes to rest for the next one still has room.
 _DUE_SHARE = 5
 _END_ROOM = 4096  # kept for the gap and end records
-_LONGEST_CAUSE = 2000
+_LONGEST_CAUSE = 1000  # characters, of at most 4 bytes each
 
 
 class StepLog:

@@ -99,8 +99,7 @@ def command_id(record: step_log_pb2.StepLogCommand) -> int:
 def _read_segments(path: Path) -> tuple[list[Segment], list[str]]:
     try:
         if path.is_file():
-            base = path.with_name(path.name.rpartition(".")[0])
-            files = [file for file in find_segments(base) if _number(file) >= _number(path)]
+            files = _from_segment(path)
         else:
             files = find_segments(path)
     except OSError as error:
@@ -117,11 +116,13 @@ def _read_segments(path: Path) -> tuple[list[Segment], list[str]]:
     return segments, notes
 
 
-def _number(file: Path) -> int:
-    try:
-        return segment_number(file)
-    except ValueError:
-        raise BadStepLog(file, "is no segment FILE.N of a step log") from None
+def _from_segment(path: Path) -> list[Path]:
+    """The segment `path` and its successors."""
+    base, _, number = path.name.rpartition(".")
+    if not base or not number.isdigit():
+        raise BadStepLog(path, "is no segment FILE.N of a step log")
+    segments = find_segments(path.with_name(base))
+    return [segment for segment in segments if segment_number(segment) >= int(number)]
 
 
 def _read_segment(path: Path) -> Segment | None:

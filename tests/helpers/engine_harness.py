@@ -16,6 +16,7 @@ from coordinator.metrics import EngineMetrics
 from coordinator.model_config import ModelConfig
 from coordinator.outbox import Outbox
 from coordinator.request_book import RequestBook
+from coordinator.step_log import StepLog
 from protos.lockstep.v1 import engine_pb2, generate_pb2
 from tests.helpers.fake_worker import FakeSettings, FakeWorker
 
@@ -170,15 +171,22 @@ class Harness:
 
 @asynccontextmanager
 async def running_group(
-    settings: Sequence[FakeSettings] = (), is_awaited: bool = True, **config: Any
+    settings: Sequence[FakeSettings] = (),
+    is_awaited: bool = True,
+    metrics: EngineMetrics | None = None,
+    step_log: StepLog | None = None,
+    **config: Any,
 ) -> AsyncIterator[Harness]:
-    """Starts fake ranks and a leader; waits until the group is up unless told not to."""
+    """Starts fake ranks and a leader; waits until the group is up unless told not to.
+
+    `step_log` stays the caller's to close.
+    """
     settings = list(settings) or [FakeSettings(), FakeSettings()]
     workers = [FakeWorker(one) for one in settings]
     addresses = [await worker.serve() for worker in workers]
     made = make_config(addresses, **config)
     outbox, heard = Outbox(), Heard()
-    metrics = EngineMetrics("fake")
+    metrics = metrics or EngineMetrics("fake")
     book = RequestBook(outbox, metrics, made.max_queue_requests)
 
     def flush() -> None:
@@ -190,7 +198,7 @@ async def running_group(
         heard.hear(status.message())
 
     status = GroupStatus(made, metrics, tell_state)
-    leader = GroupLeader(made, MODEL, "digest", book, status, metrics, flush)
+    leader = GroupLeader(made, MODEL, "digest", book, status, metrics, flush, step_log)
     task = asyncio.create_task(leader.run())
     harness = Harness(workers, settings, book, leader, status, metrics, heard, task)
     try:
