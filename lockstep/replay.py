@@ -27,17 +27,19 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 the same tokens, 1 others, 6 a rank was lost."""
     parser = _parser()
     options, passed_on = parser.parse_known_args(list(argv))
-    if options.workers is not None:
-        if options.tp is not None or options.devices is not None:
-            parser.error("--workers names workers that run; --tp and --devices would start some")
-        words = [*_words(options), "--workers", options.workers, *passed_on]
-        command = [sys.executable, "-P", "-m", "coordinator.replay", *words]
-        os.execve(sys.executable, command, daemon_environ(os.environ))
-    if options.model is None:
-        parser.error("--model is missing; workers that are to be started want a checkpoint folder")
+    if options.workers is None:
+        return _run(argv)
+    if options.tp is not None or options.devices is not None:
+        parser.error("--workers names workers that run; --tp and --devices would start some")
+    command = _replay_command(options, options.workers, passed_on)
+    if options.model is not None:
+        command += ["--model", options.model]
+    os.execve(sys.executable, command, daemon_environ(os.environ))
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
-        model_dir = resolve_model(options.model)
-        group = _group(options, model_dir, passed_on)
+        group = replay_group(argv)
     except ConfigError as error:
         return _refuse(error, ExitCode.CONFIG)
     except HubError as error:
@@ -46,8 +48,16 @@ def main(argv: Sequence[str]) -> int:
         return Supervisor(group, processes, _report, lambda record: None).run()
 
 
-def _group(options: argparse.Namespace, model_dir: Path, passed_on: Sequence[str]) -> GroupSpec:
-    """The group of `lockstep serve` with the replay in the coordinator's place."""
+def replay_group(argv: Sequence[str]) -> GroupSpec:
+    """The group of `lockstep serve` with the replay in the coordinator's place.
+
+    Raises ConfigError, HubError; exits with 2 on words that do not parse.
+    """
+    parser = _parser()
+    options, passed_on = parser.parse_known_args(list(argv))
+    if options.model is None:
+        parser.error("--model is missing; workers that are to be started want a checkpoint folder")
+    model_dir = resolve_model(options.model)
     num_ranks = options.tp or 1
     wanted = "cpu" if options.simulated else options.devices
     devices = choose_devices(wanted, num_ranks, 0 if wanted == "cpu" else count_gpus(os.environ))
@@ -77,9 +87,8 @@ def _group(options: argparse.Namespace, model_dir: Path, passed_on: Sequence[str
         workers: Sequence[str], port: int, metrics_port: int, ready_file: str
     ) -> Sequence[str]:
         # The supervisor ends the workers; one that ended before it would look lost.
-        words = [*_words(options), "--workers", ",".join(workers), "--leave-workers", *passed_on]
-        command = [sys.executable, "-P", "-m", "coordinator.replay", *words]
-        return [*command, "--model", str(model_dir)]
+        words = ["--leave-workers", *passed_on, "--model", str(model_dir)]
+        return _replay_command(options, ",".join(workers), words)
 
     return replace(
         served,
@@ -97,8 +106,10 @@ def _simulated_worker(model_dir: Path, port: int, metrics_port: int, ready_file:
     ]
 
 
-def _words(options: argparse.Namespace) -> list[str]:
-    return [str(options.log), *(["--simulated"] if options.simulated else [])]
+def _replay_command(options: argparse.Namespace, workers: str, words: Sequence[str]) -> list[str]:
+    command = [sys.executable, "-P", "-m", "coordinator.replay", str(options.log)]
+    command += ["--workers", workers, *words]
+    return command + (["--simulated"] if options.simulated else [])
 
 
 def _parser() -> argparse.ArgumentParser:

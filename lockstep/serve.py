@@ -50,7 +50,7 @@ COORDINATOR_FLAGS = (
     Flag("startup-timeout", str, None, "seconds for the ranks to come up (default: 600)"),
     Flag("max-queue-requests", str, None, "most requests that wait (default: 1024)"),
     Flag("step-log", str, None, "file to log step commands and results to, for lockstep replay"),
-    Flag("step-log-bytes", str, None, "most bytes of the step log's files (default: 256M)"),
+    Flag("step-log-bytes", str, None, "most bytes of the step log's files (default: 268435456)"),
     Flag("num-frontends", str, None, "processes that serve the public API (default: 1)"),
     Flag("host", str, None, "address to serve on (default: 127.0.0.1)"),
 )
