@@ -82,6 +82,8 @@ def read_submit(
         ),
         arrival_time=submit.arrival_time,
         output_ids=resumed.tolist(),
+        tenant=submit.tenant,
+        use_prefix_cache=submit.use_prefix_cache,
     )
     _check_sampling(request.sampling)
     _check_lengths(request, limits)

@@ -61,7 +61,7 @@ FLAGS = (
     Flag("gpu-memory-fraction", float_between(0.01, 1.0), 0.9, "share of GPU memory to use"),
     Flag("load-format", choice("safetensors", "dummy"), "safetensors", "dummy: random weights"),
     Flag("comm", choice("auto", "nccl", "shm", "gloo"), "auto", "how ranks talk to each other"),
-    Flag("prefix-cache", on_off, False, "on is not implemented in this version"),
+    Flag("prefix-cache", on_off, True, "requests share KV blocks of equal prefixes"),
     Flag("use-graphs", on_off, True, "capture steps as CUDA graphs"),
     Flag("step-timeout", _TIMEOUT, 30.0, "seconds after which a silent rank is lost"),
     Flag("startup-timeout", _TIMEOUT, 600.0, "seconds for the ranks to come up"),
@@ -94,7 +94,7 @@ class CoordinatorConfig:
     gpu_memory_fraction: float = 0.9
     load_format: str = "safetensors"
     comm: str = "auto"
-    prefix_cache: bool = False
+    prefix_cache: bool = True
     use_graphs: bool = True
     step_timeout: float = 30.0
     startup_timeout: float = 600.0
@@ -110,8 +110,6 @@ class CoordinatorConfig:
     ready_file: str = ""
 
     def __post_init__(self) -> None:
-        if self.prefix_cache:
-            raise FlagError("--prefix-cache on: this version has no prefix cache; use off")
         if not self.workers:
             raise FlagError("--workers is missing; it wants host:port of each worker by rank")
         if self.max_batch_tokens < self.max_num_seqs:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from coordinator.admission import ModelLimits
+from coordinator.arrival_skew import ArrivalSkew
 from coordinator.batch import Batch, BatchLimits
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import RankLost
@@ -123,7 +124,11 @@ class GroupLeader:
     async def _run_group(self, group: Group) -> None:
         config = self._config
         limits = BatchLimits(
-            group.num_blocks, config.block_size, config.max_num_seqs, config.max_batch_tokens
+            group.num_blocks,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_batch_tokens,
+            config.prefix_cache,
         )
         batch = Batch(group.epoch, limits)
         watch = ProgressWatch(config.world_size, config.step_timeout)
@@ -136,10 +141,13 @@ class GroupLeader:
                 config.world_size,
                 group.num_blocks,
             )
+        skew = ArrivalSkew([hello.boot_id for hello in group.hellos])
+        self._metrics.command_arrival_skew = skew.seconds
         loop = StepLoop(
             batch,
             self._book,
             watch,
+            skew,
             self._metrics,
             lambda command: streams.send(command),  # made below, each needs the other
             self._flush,

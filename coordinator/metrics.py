@@ -69,6 +69,8 @@ class EngineMetrics:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     group_restarts: int = 0
     step_log_up: bool = False
     step_log_dropped: int = 0
@@ -76,6 +78,8 @@ class EngineMetrics:
     requests_failed: Counter[str] = field(default_factory=Counter)
     requests_rejected: Counter[str] = field(default_factory=Counter)
     rank_up: dict[int, bool] = field(default_factory=dict)
+    command_arrival_skew: dict[int, float] = field(default_factory=dict)
+    worker_idle_seconds: dict[int, float] = field(default_factory=dict)
     startup_seconds: dict[str, float] = field(default_factory=dict)
     time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
     inter_token_latency: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
@@ -107,6 +111,10 @@ class _EngineCollector(Collector):
             yield family
         ranks = {str(rank): float(is_up) for rank, is_up in metrics.rank_up.copy().items()}
         yield self._labelled_gauge("rank_up", "The rank is in the group.", "rank", ranks)
+        skews = {str(rank): skew for rank, skew in metrics.command_arrival_skew.copy().items()}
+        yield self._labelled_gauge(
+            "command_arrival_skew_seconds", "Arrival of a command after rank 0's.", "rank", skews
+        )
         yield self._labelled_gauge(
             "startup_seconds",
             "Time of each phase of the last start.",
@@ -128,6 +136,16 @@ class _EngineCollector(Collector):
             ("prompt_tokens", "Prompt tokens of admitted requests.", metrics.prompt_tokens),
             ("generation_tokens", "Tokens generated.", metrics.generation_tokens),
             ("preemptions", "Requests that lost their place.", metrics.preemptions),
+            (
+                "prefix_cache_queries",
+                "Tokens looked up in the prefix cache.",
+                metrics.prefix_cache_queries,
+            ),
+            (
+                "prefix_cache_hits",
+                "Tokens found in the prefix cache.",
+                metrics.prefix_cache_hits,
+            ),
             ("group_restarts", "Times the ranks had to start again.", metrics.group_restarts),
             ("step_log_dropped", "Records the step log lacks.", metrics.step_log_dropped),
         )
@@ -139,12 +157,13 @@ class _EngineCollector(Collector):
             ("request_success", "Requests ended well.", "finished_reason", metrics.request_success),
             ("requests_failed", "Requests ended in an error.", "code", metrics.requests_failed),
             ("requests_rejected", "Requests never begun.", "reason", metrics.requests_rejected),
+            ("worker_idle_seconds", "Time without a command.", "rank", metrics.worker_idle_seconds),
         )
         for name, text, label, counts in by_label:
             labels = ["model_name", label]
             family = CounterMetricFamily(f"lockstep_{name}", text, labels=labels)
             for key, count in counts.copy().items():
-                family.add_metric([metrics.model_name, key], count)
+                family.add_metric([metrics.model_name, str(key)], count)
             yield family
 
     def _histograms(self) -> Iterator[Metric]:

@@ -1,10 +1,14 @@
 """The record of a request. Everything in a worker but the weights is a cache of these."""
 
+from __future__ import annotations
+
 import enum
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from coordinator.prefix_keys import PrefixKeys
 
 
 class RequestState(enum.Enum):
@@ -52,6 +56,12 @@ class Sampling:
     stop_ids: tuple[int, ...]
     num_logprobs: int  # -1: none wanted
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Its penalties depend on which tokens the sequence holds."""
+        is_plain = self.repetition_penalty == 1.0
+        return not is_plain or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 @dataclass(eq=False, slots=True)
 class Request:
@@ -66,13 +76,19 @@ class Request:
     sampling: Sampling
     arrival_time: float  # CLOCK_MONOTONIC, seconds
     output_ids: list[int] = field(default_factory=list)  # resumed ones included
+    tenant: str = ""
+    use_prefix_cache: bool = True
+    leader: Request | None = None  # sample 0 of the same call, if this is another sample
     state: RequestState = RequestState.WAITING
     slot: int = 0  # 0: none
     row: int = -1  # -1: none
     block_ids: list[int] = field(default_factory=list)
     limit: int = 0  # as last sent
     prefill_len: int = 0
-    num_prefilled: int = 0  # tokens whose chunks are sent
+    cached_len: int = 0  # tokens that were in its blocks when it got its slot
+    num_prefilled: int = 0  # tokens that are cached or whose chunks are sent
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it first got a slot
+    prefix_keys: PrefixKeys | None = None  # None: shares no blocks
     ready_after_step: int = 0  # preempted: last step that may still report a token
     last_token_time: float = 0.0  # 0: no token yet
 
@@ -82,7 +98,7 @@ class Request:
 
     @property
     def num_to_prefill(self) -> int:
-        """Tokens to compute before it can go on; late results of a preempted one still add to it."""
+        """Tokens to compute before it can go on; late results still add to it."""
         return self.prompt_len + len(self.output_ids)
 
     @property
@@ -94,12 +110,17 @@ class Request:
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
 
-    def open_slot(self, slot: int) -> None:
-        """Waiting or preempted -> prefilling: takes a slot; outputs so far are prefilled too."""
+    def open_slot(self, slot: int, cached_len: int = 0) -> None:
+        """Waiting or preempted -> prefilling: takes a slot; outputs so far are prefilled too.
+
+        The first `cached_len` tokens are in blocks that it takes over.
+        """
+        if self.state is RequestState.WAITING:
+            self.num_cached_tokens = min(cached_len, self.prompt_len)
         self._enter(RequestState.PREFILLING)
         self.slot = slot
-        self.prefill_len = self.prompt_len + len(self.output_ids)
-        self.num_prefilled = 0
+        self.prefill_len = self.num_to_prefill
+        self.cached_len = self.num_prefilled = cached_len
         self.limit = 0
 
     def start_decoding(self, row: int) -> None:

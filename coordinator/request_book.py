@@ -139,7 +139,7 @@ class RequestBook:
                 f"request_id is {submit.request_id!r}; it must differ from those in flight",
             )
         request = read_submit(submit, frontend, self._num_seen, self._limits)
-        if len(self._batch.queue) >= self._max_queue_requests:
+        if self._batch.num_waiting >= self._max_queue_requests:
             raise Refused(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 "queue_full",
@@ -147,6 +147,8 @@ class RequestBook:
                 _RETRY_AFTER_S,
             )
         self._num_seen += 1
+        if submit.group not in (0, submit.handle):
+            request.leader = self._by_handle.get((frontend, submit.group))
         self._batch.enqueue(request)
         return request
 

@@ -46,6 +46,7 @@ def apply_result(
         if request.state is RequestState.FINISHED:
             continue
         if token_id < 0 or flags & _FLAG_NOT_FINITE:
+            batch.distrust(request)
             _end_without_token(request, flags, result.step, book)
             continue
         if request.last_token_time:

@@ -44,7 +44,7 @@ COORDINATOR_FLAGS = (
     Flag("gpu-memory-fraction", str, None, "share of GPU memory to use (default: 0.9)"),
     Flag("load-format", str, None, "safetensors, or dummy weights (default: safetensors)"),
     Flag("comm", str, None, "auto, nccl, shm or gloo (default: auto)"),
-    Flag("prefix-cache", str, None, "on is refused: not in this version (default: off)"),
+    Flag("prefix-cache", str, None, "requests share KV blocks of equal prefixes (default: on)"),
     Flag("use-graphs", str, None, "on or off: capture steps as CUDA graphs (default: on)"),
     Flag("step-timeout", str, None, "seconds after which a silent rank is lost (default: 30)"),
     Flag("startup-timeout", str, None, "seconds for the ranks to come up (default: 600)"),

@@ -31,7 +31,7 @@ def test_defaults_are_those_of_the_design() -> None:
     assert (config.port, config.metrics_port, config.host) == (50051, 9851, "127.0.0.1")
     assert (config.step_timeout, config.drain_seconds, config.startup_timeout) == (30, 30, 600)
     assert (config.max_queue_requests, config.num_frontends) == (1024, 1)
-    assert config.use_graphs and not config.prefix_cache
+    assert config.use_graphs and config.prefix_cache
 
 
 def test_the_environment_may_hold_what_other_daemons_read() -> None:
@@ -47,7 +47,6 @@ def test_the_environment_may_hold_what_other_daemons_read() -> None:
         (["--model", "/m"], "--workers is missing"),
         ([*GIVEN, "--workers", "a"], "want host:port"),
         ([*GIVEN, "--workers", "a:1,a:1"], "two ranks"),
-        ([*GIVEN, "--prefix-cache", "on"], "no prefix cache"),
         (
             [*GIVEN, "--max-batch-tokens", "100"],
             "--max-batch-tokens 100 is below --max-num-seqs 256",
