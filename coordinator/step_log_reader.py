@@ -98,10 +98,7 @@ def command_id(record: step_log_pb2.StepLogCommand) -> int:
 
 def _read_segments(path: Path) -> tuple[list[Segment], list[str]]:
     try:
-        if path.is_file():
-            files = _from_segment(path)
-        else:
-            files = find_segments(path)
+        files = _from_segment(path) if path.is_file() else find_segments(path)
     except OSError as error:
         raise BadStepLog(path, str(error)) from None
     segments, notes = list[Segment](), list[str]()

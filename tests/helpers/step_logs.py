@@ -24,12 +24,13 @@ Record = step_log_pb2.StepLogRecord
 def record_mixed_load(
     path: Path, max_bytes: int = 1 << 20, num_requests: int = 40, **config: Any
 ) -> EngineMetrics:
-    """Preemptions, chunked prompts, stop ids and aborts on two fake ranks."""
+    """Preemptions, chunked prompts, shared prefixes, stop ids and aborts on two fake ranks."""
 
     async def body(group: Harness) -> None:
         draw = random.Random(5)
         for handle in range(1, num_requests + 1):
-            prompt = [draw.randrange(1000) for _ in range(draw.randint(1, 24))]
+            prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9] if handle % 2 else []
+            prompt += [draw.randrange(1000) for _ in range(draw.randint(1, 15))]
             stop_ids = [draw.randrange(1000)] if handle % 3 == 0 else []
             group.submit(handle, prompt, draw.randint(2, 43 - len(prompt)), stop_ids=stop_ids)
         await group.heard.end_of(1)
@@ -114,6 +115,14 @@ def framed(record: Record) -> bytes:
 
 def segments(path: Path) -> list[Path]:
     return find_segments(path)
+
+
+def first_with_slots(path: Path) -> Path:
+    """The oldest segment whose snapshot has something to rebuild."""
+    for segment in find_segments(path):
+        if open_log(segment).snapshot.slots:
+            return segment
+    raise AssertionError("no segment begins in the middle of a request")
 
 
 def _framed_records(data: bytes) -> Iterator[tuple[Record, int]]:
