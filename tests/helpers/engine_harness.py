@@ -33,6 +33,7 @@ def make_submit(
     stop_ids: Sequence[int] = (),
     resume: Sequence[int] = (),
     logprobs: int | None = None,
+    use_prefix_cache: bool = False,
     **sampling: Any,
 ) -> engine_pb2.Submit:
     """A Submit as frontends send it: every parameter set."""
@@ -58,6 +59,7 @@ def make_submit(
         resume_output_ids=pack(resume),
         sampling_params=params,
         stop_ids=pack(stop_ids),
+        use_prefix_cache=use_prefix_cache,
         arrival_time=asyncio.get_running_loop().time(),
     )
 

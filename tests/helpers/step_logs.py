@@ -32,7 +32,8 @@ def record_mixed_load(
             prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9] if handle % 2 else []
             prompt += [draw.randrange(1000) for _ in range(draw.randint(1, 15))]
             stop_ids = [draw.randrange(1000)] if handle % 3 == 0 else []
-            group.submit(handle, prompt, draw.randint(2, 43 - len(prompt)), stop_ids=stop_ids)
+            max_tokens = draw.randint(2, 43 - len(prompt))
+            group.submit(handle, prompt, max_tokens, stop_ids=stop_ids, use_prefix_cache=True)
         await group.heard.end_of(1)
         for handle in (num_requests // 2, num_requests):
             if handle not in group.heard.ended:

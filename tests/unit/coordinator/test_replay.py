@@ -242,3 +242,24 @@ def decode_commands(path: Path, num_rows: int, first: int) -> set[int]:
 
 def _command_id(entry: Record) -> int:
     return command_id(entry.command) if entry.HasField("command") else 0
+
+
+def test_a_segment_begins_without_cached_blocks_that_a_replay_could_not_fill(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "log"
+
+    async def body(group: Harness) -> None:
+        # In turns, so that in the middle of one prompt the blocks of the other have no owner.
+        for handle in range(1, 121):
+            prompt = [500 * (handle % 2) + index for index in range(16)]
+            group.submit(handle, prompt, 20, use_prefix_cache=True)
+            await group.heard.end_of(handle)
+        assert group.metrics.prefix_cache_hits > 500
+
+    record(path, body, ranks(64), RING_BYTES)
+    left = segments(path)
+    assert len(left) >= 3
+    for segment in left:
+        report = replay_on(segment, ranks(64))
+        assert report.exit_code == ExitCode.CLEAN, report.text()
