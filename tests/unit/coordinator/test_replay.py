@@ -11,7 +11,7 @@ from coordinator.step_log_reader import command_id, open_log
 from lockstep.daemon.exit_codes import ExitCode
 from protos.lockstep.v1 import worker_pb2
 from tests.helpers.engine_harness import Harness
-from tests.helpers.fake_worker import FakeSettings
+from tests.helpers.fake_worker import FakeSettings, successor
 from tests.helpers.step_logs import (
     RING_BYTES,
     Record,
@@ -73,7 +73,7 @@ def test_a_planted_wrong_token_is_found_at_its_step_and_row(tmp_path: Path) -> N
 def test_ranks_that_choose_another_token_are_found(tmp_path: Path) -> None:
     record_mixed_load(tmp_path / "log")
     settings = ranks()
-    settings[0].choose_token = lambda ids: (ids[-1] * 7 + len(ids)) % 1000 if len(ids) < 20 else 5
+    settings[0].choose_token = lambda ids: successor(ids) if len(ids) < 20 else 5
     report = replay_on(tmp_path / "log", settings)
     assert report.exit_code == 1 and report.comparison.num_different > 1
     assert report.comparison.first is not None and report.comparison.first.replayed == 5
