@@ -3,6 +3,8 @@
 import asyncio
 import os
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import uvloop
 
@@ -11,6 +13,7 @@ from coordinator.engine import Engine
 from coordinator.errors import BadCheckpoint, StartRefused
 from coordinator.metrics import EngineMetrics, MetricsServer
 from coordinator.model_config import ModelConfig, read_model_config, table_width
+from coordinator.step_log import StepLog
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import FlagError
 from lockstep.daemon.logs import configure_logging
@@ -37,7 +40,18 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         return _stop(ExitCode.ADDRESS, f"--metrics-port {config.metrics_port}: {error}")
     with server:
-        return _run(config, model, digest, metrics, server.port)
+        try:
+            step_log = _step_log(config, metrics)
+        except OSError as error:
+            return _stop(ExitCode.CONFIG, f"--step-log {config.step_log}: {error}")
+        with step_log or nullcontext():
+            return _run(config, model, digest, metrics, server.port, step_log)
+
+
+def _step_log(config: CoordinatorConfig, metrics: EngineMetrics) -> StepLog | None:
+    if not config.step_log:
+        return None
+    return StepLog(Path(config.step_log), config.step_log_bytes, metrics)
 
 
 def _run(
@@ -46,9 +60,11 @@ def _run(
     digest: str,
     metrics: EngineMetrics,
     metrics_port: int,
+    step_log: StepLog | None,
 ) -> int:
     async def run() -> int:
-        return await Engine(config, model, digest, metrics, metrics_port).run()
+        engine = Engine(config, model, digest, metrics, metrics_port, step_log=step_log)
+        return await engine.run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())

@@ -116,6 +116,13 @@ class BlockAllocator:
                     del self._kept[block_id]
                     self._free.append(block_id)
 
+    def forget_kept(self) -> None:
+        """Makes every block without an owner unfindable and free."""
+        for block_id in self._kept:
+            self._forget(block_id)
+        self._free.extend(self._kept)
+        self._kept.clear()
+
     def check(self, owned: Iterable[Sequence[int]]) -> None:
         """Audits: every block is free once, kept once, or owned as often as sequences hold it.
 

@@ -15,6 +15,7 @@ from coordinator.metrics import EngineMetrics
 from coordinator.model_config import ModelConfig
 from coordinator.outbox import Outbox
 from coordinator.request_book import RequestBook
+from coordinator.step_log import StepLog
 from coordinator.tasks import run_until_first_ends
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.ready_file import write_ready_file
@@ -41,6 +42,7 @@ class Engine:
         metrics: EngineMetrics,
         metrics_port: int,
         start_frontend: StartFrontend = start_frontend,
+        step_log: StepLog | None = None,
     ) -> None:
         self._config = config
         self._start_process = start_frontend
@@ -57,7 +59,7 @@ class Engine:
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._status = GroupStatus(config, metrics, self._tell_state)
         self._leader = GroupLeader(
-            config, model, model_digest, self._book, self._status, metrics, self._flush
+            config, model, model_digest, self._book, self._status, metrics, self._flush, step_log
         )
         self._is_draining = False
 

@@ -24,9 +24,11 @@ from coordinator.model_config import ModelConfig
 from coordinator.progress_watch import ProgressWatch
 from coordinator.request_book import RequestBook
 from coordinator.startup import Group, Startup
+from coordinator.step_log import StepLog
 from coordinator.step_loop import StepLoop
 from coordinator.tasks import run_until_first_ends
 from coordinator.worker_group import StepStreams, WorkerClient
+from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import worker_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -48,7 +50,9 @@ class GroupLeader:
         status: GroupStatus,
         metrics: EngineMetrics,
         flush: Callable[[], None],
+        step_log: StepLog | None = None,
     ) -> None:
+        self._log = step_log
         self._config = config
         self._model = model
         self._digest = model_digest
@@ -128,6 +132,15 @@ class GroupLeader:
         )
         batch = Batch(group.epoch, limits)
         watch = ProgressWatch(config.world_size, config.step_timeout)
+        if self._log is not None:
+            self._log.begin_epoch(
+                group.epoch,
+                __version__,
+                self._digest,
+                group.engine_config,
+                config.world_size,
+                group.num_blocks,
+            )
         skew = ArrivalSkew([hello.boot_id for hello in group.hellos])
         self._metrics.command_arrival_skew = skew.seconds
         loop = StepLoop(
@@ -139,6 +152,7 @@ class GroupLeader:
             lambda command: streams.send(command),  # made below, each needs the other
             self._flush,
             config.step_timeout,
+            self._log,
         )
         streams = StepStreams(self._workers, loop.take_report)
         self._book.open(
@@ -168,6 +182,8 @@ class GroupLeader:
             if answer is not None and answer.last_error:
                 _LOG.error("rank %d, step %d: %s", rank, answer.last_step, answer.last_error)
         self._status.lost(str(root))
+        if self._log is not None:
+            self._log.end_epoch(str(root))
         self._book.close(f"restarting after: {root}", str(root))
         self._flush()
         is_answering = [answer is not None for answer in answers]

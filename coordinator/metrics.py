@@ -83,6 +83,8 @@ class EngineMetrics:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     group_restarts: int = 0
+    step_log_up: bool = False
+    step_log_dropped: int = 0
     request_success: Counter[str] = field(default_factory=Counter)
     requests_failed: Counter[str] = field(default_factory=Counter)
     requests_rejected: Counter[str] = field(default_factory=Counter)
@@ -123,6 +125,7 @@ class _EngineCollector(Collector):
                 metrics.requests_without_client,
             ),
             ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", metrics.kv_cache_usage),
+            ("step_log_up", "The step log is being written.", metrics.step_log_up),
         )
         for name, text, value in plain:
             family = GaugeMetricFamily(f"lockstep_{name}", text, labels=["model_name"])
@@ -166,6 +169,7 @@ class _EngineCollector(Collector):
                 metrics.prefix_cache_hits,
             ),
             ("group_restarts", "Times the ranks had to start again.", metrics.group_restarts),
+            ("step_log_dropped", "Records the step log lacks.", metrics.step_log_dropped),
         )
         for name, text, value in plain:
             family = CounterMetricFamily(f"lockstep_{name}", text, labels=["model_name"])

@@ -50,7 +50,7 @@ class DeltaBuilder:
         """The serialised TableDelta."""
         return worker_pb2.TableDelta(
             closed_slots=pack_int32(closed_slots),
-            opened_slots=[_slot_open(request) for request in self.opened],
+            opened_slots=[slot_open(request) for request in self.opened],
             block_appends=pack_int32(self.block_appends),
             limits=pack_int32(self.limits),
             row_changes=pack_int32(row_changes),
@@ -100,7 +100,8 @@ def unpack_int32(packed: bytes) -> list[int]:
     return unpacked
 
 
-def _slot_open(request: Request) -> worker_pb2.SlotOpen:
+def slot_open(request: Request) -> worker_pb2.SlotOpen:
+    """A sequence as workers need to know it, with the blocks and the limit that it has now."""
     sampling = request.sampling
     cached = request.tokens_from(0, request.cached_len) if sampling.counts_tokens else ()
     return worker_pb2.SlotOpen(

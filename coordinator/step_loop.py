@@ -16,6 +16,9 @@ from coordinator.pacing import Pacing
 from coordinator.progress_watch import ProgressWatch
 from coordinator.request_book import RequestBook
 from coordinator.results import apply_result
+from coordinator.step_log import StepLog
+from coordinator.step_snapshot import snapshot_tables
+from coordinator.worker_group import loss_by_failure
 from protos.lockstep.v1 import worker_pb2
 
 _TABLE_DIGEST_PERIOD_S = 1.0
@@ -40,7 +43,9 @@ class StepLoop:
         send: Callable[[bytes], None],
         flush: Callable[[], None],
         step_timeout_s: float,
+        step_log: StepLog | None = None,
     ) -> None:
+        self._log = step_log
         self._batch = batch
         self._book = book
         self._watch = watch
@@ -80,6 +85,8 @@ class StepLoop:
 
     def take_report(self, rank: int, response: worker_pb2.ExecuteResponse) -> None:
         """Applies a report of a rank; raises RankLost if it is a failure or makes no sense."""
+        if self._log is not None:
+            self._log.received(rank, response)
         kind = response.WhichOneof("report")
         if kind == "result" and rank == 0:
             self._take_result(response.result)
@@ -94,13 +101,7 @@ class StepLoop:
                 time.monotonic(),
             )
         elif kind == "failure":
-            failure = response.failure
-            verb = "refused" if failure.is_refusal else "failed in"
-            raise RankLost(
-                rank,
-                failure.step or self._watch.last_step(rank) + 1,
-                f"{verb} command {failure.command_id}: {failure.message}",
-            )
+            raise loss_by_failure(rank, response.failure, self._watch.last_step(rank))
         else:
             raise RankLost(rank, self._watch.last_step(rank) + 1, f"sent an unasked {kind} report")
 
@@ -124,8 +125,9 @@ class StepLoop:
     def _pump(self) -> None:
         """Sends commands until enough is outstanding, then tells the frontends the news."""
         batch = self._batch
+        is_log_due = self._turn_log()
         max_steps = self._pacing.steps_per_grant
-        while self._pacing.wants_more(batch.outstanding, max_steps):
+        while not is_log_due and self._pacing.wants_more(batch.outstanding, max_steps):
             now = time.monotonic()
             with_digest = now - self._last_digest_at >= _TABLE_DIGEST_PERIOD_S
             command = batch.next_command(with_digest, max_steps)
@@ -143,14 +145,29 @@ class StepLoop:
         self._metrics.prefix_cache_hits += num_hits
         self._flush()
 
+    def _turn_log(self) -> bool:
+        """Whether to grant nothing: a segment of the step log is due and begins when nothing is
+        outstanding any more."""
+        if self._log is None or not self._log.is_due:
+            return False
+        if not self._batch.num_unreported:
+            self._send_heartbeat(time.monotonic())
+        return self._log.is_due
+
     def _send_heartbeat(self, now: float) -> None:
+        """Tells the ranks what has changed, grants nothing; the step log goes on from there."""
         if self._last_audited_step != self._batch.last_step:
             self._batch.check()
             self._last_audited_step = self._batch.last_step
         self._sent(self._batch.heartbeat_command(), now)
+        if self._log is not None and self._log.is_due:
+            self._batch.allocator.forget_kept()
+            self._log.begin_segment(snapshot_tables(self._batch))
 
     def _sent(self, command: bytes, now: float) -> None:
         self._send(command)
         self._book.command_sent(now)
+        if self._log is not None:
+            self._log.sent(command, self._batch.last_command_id)
         self._last_sent_at = now
         self._watch.sent(self._batch.last_command_id, self._batch.last_step, now)

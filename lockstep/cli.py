@@ -14,6 +14,7 @@ _COMMANDS = {
     "generate": ("lockstep.generate", "send one prompt to a server"),
     "chat": ("lockstep.chat", "talk to a server"),
     "demo": ("lockstep.demo", "a small real model on two ranks answers a question"),
+    "replay": ("lockstep.replay", "run a step log again and compare: wrong token, hang, slow step"),
     "doctor": ("lockstep.doctor", "what this host has, what will be used, what is missing"),
     "bench": ("bench.__main__", "benchmarks"),
 }

@@ -50,6 +50,8 @@ COORDINATOR_FLAGS = (
     Flag("startup-timeout", str, None, "seconds for the ranks to come up (default: 600)"),
     Flag("max-queue-requests", str, None, "most requests that wait (default: 1024)"),
     Flag("max-queue-prompt-tokens", str, None, "most prompt tokens that wait (default: 1048576)"),
+    Flag("step-log", str, None, "file to log step commands and results to, for lockstep replay"),
+    Flag("step-log-bytes", str, None, "most bytes of the step log's files (default: 268435456)"),
     Flag("num-frontends", str, None, "processes that serve the public API (default: 1)"),
     Flag("slow-client-seconds", str, None, "seconds that unread output is kept (default: 30)"),
     Flag("host", str, None, "address to serve on (default: 127.0.0.1)"),

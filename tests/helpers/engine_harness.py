@@ -16,6 +16,7 @@ from coordinator.metrics import EngineMetrics
 from coordinator.model_config import ModelConfig
 from coordinator.outbox import Outbox
 from coordinator.request_book import RequestBook
+from coordinator.step_log import StepLog
 from protos.lockstep.v1 import engine_pb2, generate_pb2
 from tests.helpers.fake_worker import FakeSettings, FakeWorker
 
@@ -36,6 +37,7 @@ def make_submit(
     tenant: str = "",
     priority: int = 0,
     deadline: float = 0.0,
+    use_prefix_cache: bool = False,
     **sampling: Any,
 ) -> engine_pb2.Submit:
     """A Submit as frontends send it: every parameter set."""
@@ -61,6 +63,7 @@ def make_submit(
         resume_output_ids=pack(resume),
         sampling_params=params,
         stop_ids=pack(stop_ids),
+        use_prefix_cache=use_prefix_cache,
         arrival_time=asyncio.get_running_loop().time(),
         group=group,
         tenant=tenant,
@@ -178,15 +181,22 @@ class Harness:
 
 @asynccontextmanager
 async def running_group(
-    settings: Sequence[FakeSettings] = (), is_awaited: bool = True, **config: Any
+    settings: Sequence[FakeSettings] = (),
+    is_awaited: bool = True,
+    metrics: EngineMetrics | None = None,
+    step_log: StepLog | None = None,
+    **config: Any,
 ) -> AsyncIterator[Harness]:
-    """Starts fake ranks and a leader; waits until the group is up unless told not to."""
+    """Starts fake ranks and a leader; waits until the group is up unless told not to.
+
+    `step_log` stays the caller's to close.
+    """
     settings = list(settings) or [FakeSettings(), FakeSettings()]
     workers = [FakeWorker(one) for one in settings]
     addresses = [await worker.serve() for worker in workers]
     made = make_config(addresses, **config)
     outbox, heard = Outbox(), Heard()
-    metrics = EngineMetrics("fake")
+    metrics = metrics or EngineMetrics("fake")
     book = RequestBook(outbox, metrics, made.max_queue_requests, made.max_queue_prompt_tokens)
 
     def flush() -> None:
@@ -198,7 +208,7 @@ async def running_group(
         heard.hear(status.message())
 
     status = GroupStatus(made, metrics, tell_state)
-    leader = GroupLeader(made, MODEL, "digest", book, status, metrics, flush)
+    leader = GroupLeader(made, MODEL, "digest", book, status, metrics, flush, step_log)
     task = asyncio.create_task(leader.run())
     harness = Harness(workers, settings, book, leader, status, metrics, heard, task)
     try:

@@ -50,6 +50,7 @@ class FakeSettings:
     choose_token: Callable[[list[int]], int] = successor
     phase_errors: dict[str, tuple[grpc.StatusCode, str]] = field(default_factory=dict)
     is_stalled: bool = False
+    stall_at_command: int = 0
     fail_at_command: int = 0
     fail_message: str = "planted failure"
     refuse_at_command: int = 0
@@ -168,7 +169,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             settings = self.settings
             if command.first_step > 1:
                 idle_s += arrived - waiting_since
-            if settings.is_stalled:
+            if settings.is_stalled or command.command_id == settings.stall_at_command:
                 await self._released.wait()
             if command.command_id == settings.break_stream_at_command:
                 return
