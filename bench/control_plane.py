@@ -113,7 +113,7 @@ def _running(setting: Setting, options: argparse.Namespace) -> Iterator[Group]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         common = ["--model", str(options.model), "--port", "0", "--metrics-port", "0"]
         worker_flags = ["--step-ms", str(setting.step_ms), "--vocab-size", str(options.vocab_size)]
-        worker_flags += ["--num-blocks", "200000", "--clock-tokens"]
+        worker_flags += ["--num-blocks", "200000", "--token-text", "clock"]
         workers = []
         for rank in range(setting.ranks):
             ready_file = folder / f"worker{rank}.json"

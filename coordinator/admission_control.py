@@ -39,7 +39,7 @@ class AdmissionControl:
 
     def _check_bounds(self, request: Request) -> None:
         queue = self._batch.queue
-        if len(queue) >= self._max_requests:
+        if self._batch.num_waiting >= self._max_requests:
             raise self._queue_full(
                 f"the queue is full: {self._max_requests} requests wait", num_requests=1
             )

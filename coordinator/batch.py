@@ -113,11 +113,12 @@ class Batch:
     def next_command(self, with_table_digest: bool = False, max_steps: int = 1) -> bytes | None:
         """Plans, books and serialises the next command; None if no token would be computed.
 
-        It grants up to `max_steps` steps, and one if somebody waits for the next command.
+        It grants up to `max_steps` steps, and one if somebody could begin with the next command.
         """
         self._promote()
         self._complete_rows()
-        num_steps = 1 if len(self.queue) or self._prefilling else max_steps
+        may_begin = len(self.queue) and self.slots.num_free_slots
+        num_steps = 1 if may_begin or self._prefilling else max_steps
         plan = plan_step(
             self._rows_view(),
             self._prefill_views(),

@@ -35,7 +35,7 @@ _WORKER_FLAGS = (
     Flag("num-blocks", str, None, "KV blocks, the dummy included (default: 65536)"),
     Flag("vocab-size", str, None, "token ids; default: from config.json"),
     Flag("stop-probability", str, None, "chance of a stop id, per token (default: 0)"),
-    Flag("token-text", str, None, "any, ascii or multibyte (default: any)"),
+    Flag("token-text", str, None, "any, ascii, multibyte or clock (default: any)"),
 )
 # Settings of `serve` that mean nothing without a model.
 _NOT_HERE = frozenset({"devices", "num-threads", "nccl-path", "load-format", "comm", "use-graphs"})

@@ -35,9 +35,10 @@ SIMULATION_FLAGS = (
     Flag("stop-probability", float_between(0.0, 1.0), 0.0, "chance of a stop id, per token"),
     Flag(
         "token-text",
-        choice("any", "ascii", "multibyte"),
+        choice("any", "ascii", "multibyte", "clock"),
         "any",
-        "ids to choose from: all, those of ASCII text, or half of them beyond ASCII",
+        "ids to choose from: all, those of ASCII text, half of them beyond ASCII; clock: the"
+        " milliseconds of CLOCK_MONOTONIC when the step ended, modulo the vocabulary",
     ),
 )
 

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from protos.lockstep.v1 import worker_pb2
 from worker.command_gate import CommandGate
 from worker.rank_contract import StepTime
 from worker.simulated.slots import SimulatedSlots
 from worker.simulated.timing import SimulatedDevice, StepCost
 from worker.tables import Chunk, TableLimits
+
+
+def time_tokens(token_ids: bytes, ended: float, vocab_size: int) -> bytes:
+    """Packed int32 with every token replaced by when it was made, so that its age can be told.
+
+    Milliseconds of `ended` modulo `vocab_size`; -1 of inert rows stays.
+    """
+    tokens = np.frombuffer(token_ids, "<i4")
+    return np.where(tokens < 0, tokens, int(ended * 1e3) % vocab_size).astype("<i4").tobytes()
 
 
 @dataclass(frozen=True)
@@ -46,11 +57,14 @@ class SimulatedExecutor:
         slots: SimulatedSlots | None,
         cost: StepCost,
         device: SimulatedDevice,
+        tells_time: bool = False,
     ) -> None:
         self._gate = CommandGate(epoch, limits)
         self._slots = slots
         self._cost = cost
         self._device = device
+        self._vocab_size = limits.vocab_size
+        self._tells_time = tells_time
 
     def execute(self, command: worker_pb2.StepCommand, arrived: float) -> Iterator[SimulatedStep]:
         """Checks and applies a command, then runs its steps, yielding each when it has ended."""
@@ -71,4 +85,6 @@ class SimulatedExecutor:
         # The host's work falls into the step's own time.
         outcome = self._slots.step(rows, chunks) if self._slots else worker_pb2.StepResult()
         ended = self._device.run(arrived, seconds)
+        if self._tells_time:
+            outcome.token_ids = time_tokens(outcome.token_ids, ended, self._vocab_size)
         return SimulatedStep(command_id, step, arrived, StepTime(seconds, ended), outcome)

@@ -94,7 +94,14 @@ class SimulatedRank:
         if self.rank == 0:
             num_slots = engine.max_num_seqs + 1
             slots = SimulatedSlots(num_slots, self.vocab_size, self._chooser, self._config.seed)
-        self.executor = SimulatedExecutor(epoch, limits, slots, self._cost(), self._device)
+        self.executor = SimulatedExecutor(
+            epoch,
+            limits,
+            slots,
+            self._cost(),
+            self._device,
+            tells_time=self._config.token_text == "clock",
+        )
         self.phase = worker_pb2.WORKER_PHASE_READY
         return 0
 
