@@ -234,7 +234,8 @@ def test_server_info_names_ranks_and_their_shares(
 def test_samples_are_the_calls_that_their_seeds_alone_would_give(client: Client) -> None:
     params: dict[str, Any] = {"temperature": 1.2, "max_tokens": 8, "ignore_eos": True}
     unary = client.generate_unary(text_request(_PROMPT, n=3, seed=40, **params), _LIMIT_S)
-    samples: list[Any] = [unary, *unary.further_samples]
+    first = generate_pb2.Sample(output=unary.output, finished=unary.finished)
+    samples = [first, *unary.further_samples]
     for index, sample in enumerate(samples):
         alone = Answer(client, text_request(_PROMPT, seed=40 + index, **params))
         assert list(sample.output.token_ids) == alone.ids
