@@ -172,7 +172,12 @@ class Harness:
         assert batch.allocator.num_free_blocks == batch.allocator.num_usable_blocks
 
     async def restart_workers(self) -> None:
-        """Does what a supervisor does: starts every worker that has ended on its old port."""
+        """Does what a supervisor does: starts workers on their old ports once they have ended.
+
+        Before, the Shutdown that is meant for the old one could end the new one.
+        """
+        async with asyncio.timeout(LIMIT_S):
+            await asyncio.gather(*(worker.is_shut_down.wait() for worker in self.workers))
         for rank, worker in enumerate(self.workers):
             await worker.stop()
             self.workers[rank] = FakeWorker(self.settings[rank])
