@@ -35,7 +35,11 @@ def main(argv: list[str]) -> int:
     try:
         server = MetricsServer(metrics, "127.0.0.1", config.metrics_port)
     except OSError as error:
-        return _stop(ExitCode.ADDRESS, f"--metrics-port {config.metrics_port}: {error}")
+        return _stop(
+            ExitCode.ADDRESS,
+            f"--metrics-port {config.metrics_port}: {error.strerror}; "
+            "stop what runs there, or choose another port (0: any)",
+        )
     with server:
         return _run(config, model, digest, metrics, server.port)
 

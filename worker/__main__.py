@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import uvloop
 
+from lockstep.daemon.addresses import bind_problem
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import FlagError
 from lockstep.daemon.logs import configure_logging
@@ -30,6 +31,7 @@ from worker.service import WorkerService
 
 _LOG = logging.getLogger(__name__)
 _MAX_MESSAGE_BYTES = 256 << 20
+_OTHER_PORT = "stop what runs there, or choose another port (0: any)"
 
 
 def main(argv: list[str]) -> int:
@@ -51,7 +53,10 @@ def main(argv: list[str]) -> int:
     try:
         metrics = WorkerMetrics(config.model.name, config.host, config.metrics_port)
     except OSError as error:
-        return _stop(ExitCode.ADDRESS, f"--metrics-port {config.metrics_port}: {error}")
+        return _stop(
+            ExitCode.ADDRESS,
+            f"--metrics-port {config.metrics_port}: {error.strerror}; {_OTHER_PORT}",
+        )
     with metrics:
         uvloop.install()
         return asyncio.run(_serve(config, rank, digest, metrics))
@@ -78,10 +83,12 @@ async def _serve(config: WorkerConfig, rank: Rank, digest: str, metrics: WorkerM
     )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
     address = f"{config.host}:{config.port}"
+    if problem := bind_problem(config.host, config.port):
+        return _stop(ExitCode.ADDRESS, f"cannot serve on {address}: {problem}; {_OTHER_PORT}")
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
-        return _stop(ExitCode.ADDRESS, f"cannot serve on {address}: {error}")
+        return _stop(ExitCode.ADDRESS, f"cannot serve on {address}: {error}; {_OTHER_PORT}")
     await server.start()
     gc.freeze()
     where = (config.device, config.host, port, metrics.port)

@@ -22,6 +22,13 @@ def test_workers_first_then_a_coordinator_that_knows_their_addresses(tmp_path: P
         assert list(group.tmp.iterdir()) == []
 
 
+def test_workers_are_given_their_metrics_ports(tmp_path: Path) -> None:
+    with supervised(tmp_path) as group:
+        group.wait_ready()
+        for rank in range(2):
+            assert group.wait_notes(f"worker {rank}", 1)[0]["metrics_port"] == 9860 + rank
+
+
 def test_killed_worker_is_started_again_on_its_port(tmp_path: Path) -> None:
     with supervised(tmp_path) as group:
         coordinator = group.wait_ready()
