@@ -37,8 +37,9 @@ def mixed_commands(group: Harness, rank: int) -> list[tuple[int, int, int]]:
 def test_every_step_of_a_long_prefill_has_a_row_of_each_decoding_stream() -> None:
     async def run() -> None:
         settings = [FakeSettings(num_blocks=1024) for _ in range(2)]
-        sizes = {"max_num_seqs": NUM_DECODING + 1, "max_batch_tokens": CHUNK + NUM_DECODING}
-        async with running_group(settings, **sizes) as group:
+        async with running_group(
+            settings, max_num_seqs=NUM_DECODING + 1, max_batch_tokens=CHUNK + NUM_DECODING
+        ) as group:
             await run_long_prompt_beside(group)
             for rank in range(2):
                 assert mixed_commands(group, rank) == [(1, NUM_DECODING, CHUNK)] * NUM_CHUNKS
