@@ -1,10 +1,11 @@
 """A long prompt beside decoding streams: what each command to the ranks holds."""
 
 import asyncio
+import struct
 
 from protos.lockstep.v1 import worker_pb2
 from tests.helpers.engine_harness import Harness, running_group
-from tests.helpers.fake_worker import FakeSettings, expected_output, unpack
+from tests.helpers.fake_worker import FakeSettings, expected_output
 
 NUM_DECODING = 8
 CHUNK = 25
@@ -28,7 +29,7 @@ def mixed_commands(group: Harness, rank: int) -> list[tuple[int, int, int]]:
     found = []
     for command in group.workers[rank].commands:
         delta = worker_pb2.TableDelta.FromString(command.delta)
-        lengths = [length for _, _, length in unpack(delta.chunks, 3)]
+        lengths = [length for _, _, length in struct.iter_unpack("<3i", delta.chunks)]
         if max(lengths, default=0) > 2:  # the streams' own prompts have two tokens
             found.append((command.step_count, delta.row_count, sum(lengths)))
     return found
