@@ -171,6 +171,7 @@ class Supervisor:
             case SignalReceived():
                 raise _Stop
             case ChildExited(name=name) if name == COORDINATOR:
+                self._collect_ready()  # it may have been ready just before it ended
                 return event
             case ChildExited():
                 self._restart_worker(event)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 _POLL_S = 0.02
 
 # argv: name, port, metrics port, ready file, journal, what to do once ready.
@@ -83,6 +83,7 @@ class Supervised:
         self.process = process
         self.tmp = tmp
         self._journal = journal
+        self._said = ""
 
     def notes(self, event: str = "start") -> list[dict[str, Any]]:
         """What daemons noted so far, oldest first."""
@@ -103,9 +104,15 @@ class Supervised:
     def wait_ready(self) -> int:
         """Waits for the group to be ready; the coordinator's pid."""
         assert self.process.stdout is not None
-        readable, _, _ = select.select([self.process.stdout], [], [], WAIT_S)
-        assert readable, "never ready"
-        return int(self.process.stdout.readline())
+        output = self.process.stdout.fileno()
+        # Read past the stream, which could hold a second line that select does not see.
+        while "\n" not in self._said:
+            assert select.select([output], [], [], WAIT_S)[0], "never ready"
+            said = os.read(output, 4096).decode()
+            assert said, f"ended before it was ready: {self.wait_exit()}"
+            self._said += said
+        pid, _, self._said = self._said.partition("\n")
+        return int(pid)
 
     def wait_exit(self) -> tuple[int, str]:
         """Waits for the supervisor's end: exit code and standard error."""
