@@ -36,9 +36,13 @@ def main(argv: list[str]) -> int:
         return _stop(error.exit_code, error)
     metrics = EngineMetrics(config.served_model_name)
     try:
-        server = MetricsServer(metrics, "127.0.0.1", config.metrics_port)
+        server = MetricsServer(metrics, config.host, config.metrics_port)
     except OSError as error:
-        return _stop(ExitCode.ADDRESS, f"--metrics-port {config.metrics_port}: {error}")
+        return _stop(
+            ExitCode.ADDRESS,
+            f"cannot serve metrics on {config.host}:{config.metrics_port}: {error.strerror}; "
+            "stop what runs there, or choose another --host or --metrics-port (0: any)",
+        )
     with server:
         try:
             step_log = _step_log(config, metrics)

@@ -1,6 +1,7 @@
 """The `lockstep` command: finds the subcommand and hands it the rest."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,11 +23,23 @@ _DAEMONS = {
     "coordinator": "run the coordinator daemon alone",
     "worker": "run one worker daemon alone",
 }
+# What a shell reports of a command that SIGPIPE ended.
+_NO_READER = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `| head` has seen enough. The interpreter flushes what is left: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NO_READER
+    return code
+
+
+def _run(words: Sequence[str]) -> int:
     name, rest = (words[0], words[1:]) if words else ("", [])
     if name in ("--version", "-V"):
         print(f"lockstep {__version__}")

@@ -21,7 +21,7 @@ _OPTIONS = (
 _TIMES_PREFIX = "lockstep-"
 _INFO_TIMEOUT_S = 30.0
 # How gRPC's own words begin when nobody is there; a server's own may quote them further on.
-_NO_CONNECTION = ("failed to connect", "DNS resolution failed")
+_NO_CONNECTION = ("failed to connect", "DNS resolution failed", "errors resolving")
 
 
 class Generation:

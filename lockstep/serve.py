@@ -29,6 +29,9 @@ from lockstep.ready_record import ReadyRecord
 from lockstep.supervisor import GroupSpec, Supervisor
 
 _MAX_RANKS = 64
+_MAX_PORT = 65535
+# From the coordinator's metrics port to that of rank 0: 9851 and 9860.
+_WORKER_METRICS_OFFSET = 9
 # What a coordinator needs beside its drain time, to tell ranks and frontends.
 _STOP_MARGIN_S = 15.0
 
@@ -62,7 +65,7 @@ OWN_FLAGS = (
     Flag("devices", str, None, "cpu, or GPU numbers like 0,1; default: GPUs if there are any"),
     Flag("num-threads", positive_int, None, "CPU threads of a rank; default: its share of cores"),
     Flag("port", tcp_port, 50051, "gRPC port; 0: any"),
-    Flag("metrics-port", tcp_port, 9851, "the coordinator's Prometheus port; 0: any"),
+    Flag("metrics-port", tcp_port, 9851, "Prometheus port, + 9 + r that of rank r; 0: any"),
     Flag("drain-seconds", float_between(0.0, 86400.0), 30.0, "seconds requests get on SIGTERM"),
     Flag("nccl-path", str, None, "libnccl.so.2 to load instead of the one found"),
     Flag("restart", on_off, True, "off: a lost rank ends everything, with exit code 6"),
@@ -92,6 +95,10 @@ class ServeConfig:
     def num_ranks(self) -> int:
         """Workers, one a rank."""
         return len(self.devices)
+
+    def worker_metrics_port(self, rank: int) -> int:
+        """Where that rank tells its metrics; 0: any port."""
+        return self.metrics_port + _WORKER_METRICS_OFFSET + rank if self.metrics_port else 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -154,9 +161,16 @@ def serve_config(argv: Sequence[str], environ: Mapping[str, str]) -> ServeConfig
             passed_on += [f"--{flag.name}", value]
     if Path(values["model"]).is_dir() is False and "--served-model-name" not in passed_on:
         passed_on += ["--served-model-name", values["model"]]
-    return ServeConfig(
+    config = ServeConfig(
         devices=devices, num_threads=num_threads, passed_on=tuple(passed_on), **values
     )
+    last_port = config.worker_metrics_port(num_ranks - 1)
+    if last_port > _MAX_PORT:
+        raise ConfigError(
+            f"--metrics-port is {config.metrics_port}; with it rank {num_ranks - 1} would tell its "
+            f"metrics on port {last_port}, and the highest port is {_MAX_PORT}"
+        )
+    return config
 
 
 def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str]) -> GroupSpec:
@@ -190,6 +204,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
         coordinator_command=coordinator_command,
         coordinator_ports=(config.port, config.metrics_port),
         environ=daemon_environ(environ),
+        worker_metrics_port=config.worker_metrics_port,
         restarts=config.restart,
         drain_timeout_s=config.drain_seconds + _STOP_MARGIN_S,
     )

@@ -13,6 +13,7 @@ from typing import Protocol
 import grpc
 import uvloop
 
+from lockstep.daemon.addresses import bind_problem
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.ready_file import write_ready_file
 from protos.lockstep.v1 import worker_pb2_grpc
@@ -22,6 +23,7 @@ from worker.service import WorkerService
 
 _LOG = logging.getLogger(__name__)
 _MAX_MESSAGE_BYTES = 256 << 20
+_OTHER_PORT = "stop what runs there, or choose another port (0: any)"
 
 
 class DaemonConfig(Protocol):
@@ -44,7 +46,8 @@ def run_daemon(config: DaemonConfig, rank: Rank, digest: str) -> int:
     try:
         metrics = WorkerMetrics(config.model.name, config.host, config.metrics_port)
     except OSError as error:
-        return stop(ExitCode.ADDRESS, f"--metrics-port {config.metrics_port}: {error}")
+        problem = f"--metrics-port {config.metrics_port}: {error.strerror}; {_OTHER_PORT}"
+        return stop(ExitCode.ADDRESS, problem)
     with metrics:
         uvloop.install()
         return asyncio.run(_serve(config, rank, digest, metrics))
@@ -77,10 +80,12 @@ async def _serve(config: DaemonConfig, rank: Rank, digest: str, metrics: WorkerM
     )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
     address = f"{config.host}:{config.port}"
+    if problem := bind_problem(config.host, config.port):
+        return stop(ExitCode.ADDRESS, f"cannot serve on {address}: {problem}; {_OTHER_PORT}")
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
-        return stop(ExitCode.ADDRESS, f"cannot serve on {address}: {error}")
+        return stop(ExitCode.ADDRESS, f"cannot serve on {address}: {error}; {_OTHER_PORT}")
     await server.start()
     gc.freeze()
     where = (rank.device_identity()[0], config.host, port, metrics.port)

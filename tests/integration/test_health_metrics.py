@@ -41,11 +41,13 @@ _ALWAYS_THERE = (
 
 @pytest.fixture(scope="module")
 def group(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedGroup]:
-    """In odd surroundings: no HOME, proxies that lead nowhere, a path with a space (tiny_dir)."""
+    """In odd surroundings: no HOME, proxies that lead nowhere, a path with a space (tiny_dir),
+    an address that is not the default one.
+    """
     folder = tmp_path_factory.mktemp("a folder with spaces")
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), "http://127.0.0.1:9")
     environ = serve_environ(folder, HOME=None, no_proxy=None, NO_PROXY=None, **proxies)
-    flags = ("--tp", "2", "--served-model-name", "tiny", *_TINY_FLAGS)
+    flags = ("--tp", "2", "--served-model-name", "tiny", "--host", "127.0.0.2", *_TINY_FLAGS)
     with ServedGroup(tiny_dir, folder, *flags, environ=environ) as group:
         yield group
 

@@ -65,8 +65,25 @@ def test_hub_id_is_the_served_name_and_a_folder_is_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "ports"),
+    [
+        ([], [9860, 9861]),
+        (["--metrics-port", "7000"], [7009, 7010]),
+        (["--metrics-port", "0"], [0, 0]),
+    ],
+)
+def test_ranks_have_metrics_ports_that_a_scraper_can_know(
+    tmp_path: Path, words: list[str], ports: list[int]
+) -> None:
+    config = serve_config(["--model", str(tmp_path), "--tp", "2", *_CPU, *words], {})
+    group = group_spec(config, tmp_path, {})
+    assert [group.worker_metrics_port(rank) for rank in range(2)] == ports
+
+
+@pytest.mark.parametrize(
     ("words", "named"),
     [
+        (["--model", "m", "--tp", "2", "--metrics-port", "65526", *_CPU], "rank 1 .* port 65536"),
         ([], "--model"),
         (["--model", "m", "--tp", "0"], "--tp"),
         (["--model", "m", "--tp", "65"], "--tp is 65"),
