@@ -185,19 +185,25 @@ def _join_store(group: GroupId, rank: int, world_size: int, timeout_s: float) ->
         raise CommTimeout(f"rank 0 did not open {place} within {timeout_s:g} s", [0]) from error
     prefixed = _c10d.PrefixStore(group.name, store)
     prefixed.set(f"joined/{rank}", b"1")
-    deadline = time.monotonic() + timeout_s
-    missing = [
-        peer
-        for peer in range(world_size)
-        if not _has_key(
-            prefixed,
-            f"joined/{peer}",
-            timedelta(seconds=max(0.01, deadline - time.monotonic())),
-        )
-    ]
+    missing = _ranks_not_joined(prefixed, world_size, timeout_s)
     if missing:
         raise CommTimeout(f"{describe_ranks(missing)} did not join within {timeout_s:g} s", missing)
     return prefixed
+
+
+def _ranks_not_joined(store: Any, world_size: int, timeout_s: float) -> list[int]:
+    deadline = time.monotonic() + timeout_s
+    missing = []
+    for peer in range(world_size):
+        remaining = timedelta(seconds=max(0.01, deadline - time.monotonic()))
+        try:
+            has_joined = _has_key(store, f"joined/{peer}", remaining)
+        except _c10d.DistNetworkError:
+            # Rank 0 has given up first, and the store went with it.
+            return [*missing, peer]
+        if not has_joined:
+            missing.append(peer)
+    return missing
 
 
 def _process_group(store: Any, group: GroupId, rank: int, world_size: int, timeout_s: float) -> Any:
