@@ -193,7 +193,7 @@ def _join_store(group: GroupId, rank: int, world_size: int, timeout_s: float) ->
 
 def _ranks_not_joined(store: Any, world_size: int, timeout_s: float) -> list[int]:
     deadline = time.monotonic() + timeout_s
-    missing = []
+    missing: list[int] = []
     for peer in range(world_size):
         remaining = timedelta(seconds=max(0.01, deadline - time.monotonic()))
         try:
