@@ -234,23 +234,22 @@ def long_request(num_tokens: int, max_tokens: int) -> generate_pb2.GenerateReque
 @pytest.mark.parametrize("by_abort", [True, False], ids=["abort", "dropped call"])
 def test_a_queued_request_is_cancelled_without_output(group: ServedGroup, by_abort: bool) -> None:
     async def body(stub: Any) -> None:
-        # Two that fill the cache: the third must wait for one of them to end.
-        running = [Stream(stub, long_request(1900 + index, 60)) for index in range(2)]
-        for stream in running:
-            await stream.received(1)
-        queued = Stream(stub, long_request(1800, 60))
-        await asyncio.wait_for(queued.started.wait(), _LIMIT_S)
-        assert value_of(group.metrics, "lockstep_num_requests_waiting") == 1
-        if by_abort:
-            assert await abort(stub, queued)
-        else:
-            queued.call.cancel()
-        await queued.ended
+        with stopped_rank(group):  # so that the first stays in its prefill, however slow we are
+            running = Stream(stub, long_request(1900, 60))
+            await asyncio.wait_for(running.started.wait(), _LIMIT_S)
+            await wait_running(group, 1)
+            queued = Stream(stub, long_request(1800, 60))
+            await asyncio.wait_for(queued.started.wait(), _LIMIT_S)
+            assert value_of(group.metrics, "lockstep_num_requests_waiting") == 1
+            if by_abort:
+                assert await abort(stub, queued)
+            else:
+                queued.call.cancel()
+            await queued.ended
         assert queued.ids == []
         assert queued.num_finals == int(by_abort)
-        for stream in running:
-            await stream.ended
-            assert (stream.num_finals, len(stream.ids)) == (1, 60)
+        await running.ended
+        assert (running.num_finals, len(running.ids)) == (1, 60)
 
     with_stub(group, body)
     assert_idle(group)
