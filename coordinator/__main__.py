@@ -15,6 +15,7 @@ from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import FlagError
 from lockstep.daemon.logs import configure_logging
 from lockstep.daemon.model_digest import ModelDirError, model_digest
+from lockstep.daemon.notify import Notifier
 
 
 def main(argv: list[str]) -> int:
@@ -22,6 +23,7 @@ def main(argv: list[str]) -> int:
     try:
         config = coordinator_config(argv, os.environ)
         configure_logging(config.log_format, "coordinator")
+        notifier = _notifier(config)
         digest = model_digest(config.model)
         model = read_model_config(config.model)
         table_width(config, model)
@@ -33,11 +35,12 @@ def main(argv: list[str]) -> int:
         return _stop(error.exit_code, error)
     metrics = EngineMetrics(config.served_model_name)
     try:
-        server = MetricsServer(metrics, "127.0.0.1", config.metrics_port)
+        server = MetricsServer(metrics, config.metrics_host, config.metrics_port)
     except OSError as error:
-        return _stop(ExitCode.ADDRESS, f"--metrics-port {config.metrics_port}: {error}")
-    with server:
-        return _run(config, model, digest, metrics, server.port)
+        address = f"{config.metrics_host}:{config.metrics_port}"
+        return _stop(ExitCode.ADDRESS, f"--metrics-port: cannot serve on {address}: {error}")
+    with server, notifier:
+        return _run(config, model, digest, metrics, server.port, notifier)
 
 
 def _run(
@@ -46,12 +49,26 @@ def _run(
     digest: str,
     metrics: EngineMetrics,
     metrics_port: int,
+    notifier: Notifier,
 ) -> int:
     async def run() -> int:
-        return await Engine(config, model, digest, metrics, metrics_port).run()
+        engine = Engine(config, model, digest, metrics, metrics_port, notifier=notifier)
+        return await engine.run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())
+
+
+def _notifier(config: CoordinatorConfig) -> Notifier:
+    """The line to the service manager; raises FlagError."""
+    notifier = Notifier(os.environ)
+    if 0 < notifier.watchdog_s <= config.step_timeout:
+        raise FlagError(
+            f"the watchdog's interval (WATCHDOG_USEC) is {notifier.watchdog_s:g} s; it must be "
+            f"above --step-timeout {config.step_timeout:g}, after which a silent rank is recovered "
+            "from without a restart of the coordinator"
+        )
+    return notifier
 
 
 def _stop(code: ExitCode, reason: object) -> int:

@@ -17,6 +17,7 @@ from coordinator.outbox import Outbox
 from coordinator.request_book import RequestBook
 from coordinator.tasks import run_until_first_ends
 from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.notify import Notifier
 from lockstep.daemon.ready_file import write_ready_file
 from protos.lockstep.v1 import engine_pb2
 
@@ -41,11 +42,13 @@ class Engine:
         metrics: EngineMetrics,
         metrics_port: int,
         start_frontend: StartFrontend = start_frontend,
+        notifier: Notifier | None = None,
     ) -> None:
         self._config = config
         self._start_process = start_frontend
         self._metrics = metrics
         self._metrics_port = metrics_port
+        self._notifier = notifier or Notifier({})
         self._outbox = Outbox()
         self._book = RequestBook(self._outbox, metrics, config.max_queue_requests)
         self._frontends: list[FrontendProcess] = []
@@ -71,6 +74,7 @@ class Engine:
                 self._announce(),
                 self._tell_state_regularly(),
                 self._obey_signals(),
+                self._notifier.run(lambda: self._status.summary, self._status.stalled_s),
             )
             _LOG.info("drained")
             return ExitCode.CLEAN
@@ -122,7 +126,7 @@ class Engine:
         return frontend
 
     async def _announce(self) -> None:
-        """Writes the ready file once requests can be answered at the public port."""
+        """Says so, and writes the ready file, once requests can be answered at the public port."""
         await self._all_listen.wait()
         await self._leader.is_up.wait()
         address = f"{self._config.host}:{self._ports[0]}"
@@ -133,8 +137,9 @@ class Engine:
                 role="coordinator",
                 rank=None,
                 grpc=address,
-                metrics=f"{self._config.host}:{self._metrics_port}",
+                metrics=f"{self._config.metrics_host}:{self._metrics_port}",
             )
+        self._notifier.ready()
         await asyncio.Event().wait()
 
     async def _tell_state_regularly(self) -> None:
@@ -149,6 +154,7 @@ class Engine:
         budget_s = self._config.drain_seconds
         _LOG.info("%s: draining for at most %g s", number.name, budget_s)
         self._is_draining = True
+        self._notifier.stopping()
         for frontend in self._frontends:
             frontend.drain(budget_s)
         with suppress(TimeoutError):

@@ -58,7 +58,11 @@ _OWN_FLAGS = (
     Flag("devices", str, None, "cpu, or GPU numbers like 0,1; default: GPUs if there are any"),
     Flag("num-threads", positive_int, None, "CPU threads of a rank; default: its share of cores"),
     Flag("port", tcp_port, 50051, "gRPC port; 0: any"),
+    Flag("metrics-host", str, "127.0.0.1", "address to serve metrics on"),
     Flag("metrics-port", tcp_port, 9851, "the coordinator's Prometheus port; 0: any"),
+    Flag(
+        "worker-metrics-port", tcp_port, 0, "rank 0's Prometheus port, rank r's is r above; 0: any"
+    ),
     Flag("drain-seconds", float_between(0.0, 86400.0), 30.0, "seconds requests get on SIGTERM"),
     Flag("nccl-path", str, None, "libnccl.so.2 to load instead of the one found"),
     Flag("restart", on_off, True, "off: a lost rank ends everything, with exit code 6"),
@@ -76,7 +80,9 @@ class ServeConfig:
     devices: tuple[str, ...]
     num_threads: int
     port: int
+    metrics_host: str
     metrics_port: int
+    worker_metrics_port: int
     drain_seconds: float
     nccl_path: str | None
     restart: bool
@@ -156,6 +162,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
             *_python_module("worker"),
             *("--model", str(model_dir), "--device", config.devices[rank]),
             *("--port", str(port), "--metrics-port", str(metrics_port)),
+            *("--metrics-host", config.metrics_host),
             *("--num-threads", str(config.num_threads)),
             *("--ready-file", ready_file, "--log-format", config.log_format),
         ]
@@ -168,6 +175,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
             *_python_module("coordinator"),
             *("--model", str(model_dir), "--workers", ",".join(workers)),
             *("--port", str(port), "--metrics-port", str(metrics_port)),
+            *("--metrics-host", config.metrics_host),
             *("--drain-seconds", str(config.drain_seconds)),
             *("--ready-file", ready_file, "--log-format", config.log_format),
             *config.passed_on,
@@ -178,6 +186,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
         worker_command=worker_command,
         coordinator_command=coordinator_command,
         coordinator_ports=(config.port, config.metrics_port),
+        worker_metrics_port=config.worker_metrics_port,
         environ=daemon_environ(environ),
         restarts=config.restart,
         drain_timeout_s=config.drain_seconds + _STOP_MARGIN_S,

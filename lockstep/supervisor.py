@@ -32,7 +32,7 @@ class GroupSpec:
 
     worker_command(rank, port, metrics_port, ready_file)
     coordinator_command(worker_addresses, port, metrics_port, ready_file); its first ports are
-    `coordinator_ports`, (gRPC, metrics).
+    `coordinator_ports`, (gRPC, metrics); rank r's first metrics port is `worker_metrics_port` + r.
     """
 
     num_ranks: int
@@ -40,6 +40,7 @@ class GroupSpec:
     coordinator_command: Callable[[Sequence[str], int, int, str], Sequence[str]]
     coordinator_ports: tuple[int, int]
     environ: Mapping[str, str]
+    worker_metrics_port: int = 0
     restarts: bool = True
     worker_start_timeout_s: float = 300.0
     drain_timeout_s: float = 45.0
@@ -138,7 +139,8 @@ class Supervisor:
         name = f"worker {rank}"
         known = self._records.get(name)
         pending = self._expect_ready(name)
-        ports = (known.port, known.metrics_port) if known else (0, 0)
+        base = self._group.worker_metrics_port
+        ports = (known.port, known.metrics_port) if known else (0, base and base + rank)
         command = self._group.worker_command(rank, *ports, str(pending.path))
         self._processes.start(name, command, self._group.environ)
 

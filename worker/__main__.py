@@ -17,6 +17,7 @@ from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import FlagError
 from lockstep.daemon.logs import configure_logging
 from lockstep.daemon.model_digest import ModelDirError, model_digest
+from lockstep.daemon.notify import Notifier
 from lockstep.daemon.ready_file import write_ready_file
 from protos.lockstep.v1 import worker_pb2_grpc
 from tpcomm.nccl_loader import nccl_environment
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
     """Runs a worker until it is told to go; returns its exit code."""
     try:
         config = worker_config(argv, os.environ)
+        notifier = Notifier(os.environ)
     except FlagError as error:
         return _stop(ExitCode.CONFIG, error)
     configure_logging(config.log_format, f"worker[{os.getpid()}]")
@@ -49,20 +51,24 @@ def main(argv: list[str]) -> int:
     except (ModelDirError, WorkerError) as error:
         return _stop(ExitCode.CHECKPOINT, error)
     try:
-        metrics = WorkerMetrics(config.model.name, config.host, config.metrics_port)
+        metrics = WorkerMetrics(config.model.name, config.metrics_host, config.metrics_port)
     except OSError as error:
-        return _stop(ExitCode.ADDRESS, f"--metrics-port {config.metrics_port}: {error}")
-    with metrics:
+        address = f"{config.metrics_host}:{config.metrics_port}"
+        return _stop(ExitCode.ADDRESS, f"--metrics-port: cannot serve on {address}: {error}")
+    with metrics, notifier:
         uvloop.install()
-        return asyncio.run(_serve(config, rank, digest, metrics))
+        return asyncio.run(_serve(config, rank, digest, metrics, notifier))
 
 
-async def _serve(config: WorkerConfig, rank: Rank, digest: str, metrics: WorkerMetrics) -> int:
+async def _serve(
+    config: WorkerConfig, rank: Rank, digest: str, metrics: WorkerMetrics, notifier: Notifier
+) -> int:
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
 
     def shut_down(reason: str) -> None:
         _LOG.info("stopping: %s", reason)
+        notifier.stopping()
         # The reply to Shutdown leaves before the server does.
         loop.call_later(0.05, stopped.set)
 
@@ -92,9 +98,12 @@ async def _serve(config: WorkerConfig, rank: Rank, digest: str, metrics: WorkerM
             role="worker",
             rank=None,
             grpc=f"{config.host}:{port}",
-            metrics=f"{config.host}:{metrics.port}",
+            metrics=f"{config.metrics_host}:{metrics.port}",
         )
+    notifier.ready()
+    telling = asyncio.create_task(notifier.run(service.summary, service.stalled_s))
     await stopped.wait()
+    telling.cancel()
     if config.ready_file:
         Path(config.ready_file).unlink(missing_ok=True)
     service.close()
