@@ -10,6 +10,8 @@ from lockstep.daemon.version import __version__
 # Subcommand -> (module with main(argv) -> exit code, what it does). Imported only when called.
 _COMMANDS = {
     "serve": ("lockstep.serve", "serve a model: coordinator and workers on this host"),
+    "workers": ("lockstep.workers", "run the workers of this host for a coordinator elsewhere"),
+    "health": ("lockstep.health", "ask a server whether it lives or is ready"),
     "generate": ("lockstep.generate", "send one prompt to a server"),
     "chat": ("lockstep.chat", "talk to a server"),
     "demo": ("lockstep.demo", "a small real model on two ranks answers a question"),

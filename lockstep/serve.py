@@ -159,7 +159,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
 
     def worker_command(rank: int, port: int, metrics_port: int, ready_file: str) -> Sequence[str]:
         command = [
-            *_python_module("worker"),
+            *python_module("worker"),
             *("--model", str(model_dir), "--device", config.devices[rank]),
             *("--port", str(port), "--metrics-port", str(metrics_port)),
             *("--metrics-host", config.metrics_host),
@@ -172,7 +172,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
         workers: Sequence[str], port: int, metrics_port: int, ready_file: str
     ) -> Sequence[str]:
         return [
-            *_python_module("coordinator"),
+            *python_module("coordinator"),
             *("--model", str(model_dir), "--workers", ",".join(workers)),
             *("--port", str(port), "--metrics-port", str(metrics_port)),
             *("--metrics-host", config.metrics_host),
@@ -203,14 +203,15 @@ def daemon_environ(environ: Mapping[str, str]) -> dict[str, str]:
     return result
 
 
-def _python_module(name: str) -> list[str]:
+def python_module(name: str) -> list[str]:
+    """How a daemon is started: by this interpreter, as a module."""
     # -P: a folder called `worker` where the user happens to stand is not ours.
     return [sys.executable, "-P", "-m", name]
 
 
 def exec_daemon(module: str, argv: Sequence[str]) -> None:
     """Becomes that daemon (`lockstep worker ...`, `lockstep coordinator ...`). Does not return."""
-    command = [*_python_module(module), *argv]
+    command = [*python_module(module), *argv]
     environ = daemon_environ(os.environ)
     environ |= {name: value for name, value in os.environ.items() if name.startswith("LOCKSTEP_")}
     os.execve(sys.executable, command, environ)
@@ -220,8 +221,13 @@ def _ranks(config: ServeConfig) -> str:
     return "1 rank" if config.num_ranks == 1 else f"{config.num_ranks} ranks"
 
 
+def report(command: str, line: str) -> None:
+    """A line for people, from `lockstep COMMAND`."""
+    print(f"lockstep {command}: {line}", file=sys.stderr, flush=True)
+
+
 def _report(line: str) -> None:
-    print(f"lockstep serve: {line}", file=sys.stderr, flush=True)
+    report("serve", line)
 
 
 def _refuse(error: Exception, code: ExitCode) -> int:

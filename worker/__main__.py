@@ -12,6 +12,7 @@ from pathlib import Path
 
 import grpc
 import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import FlagError
@@ -83,6 +84,7 @@ async def _serve(
         ]
     )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
+    await _add_health(server)
     address = f"{config.host}:{config.port}"
     try:
         port = server.add_insecure_port(address)
@@ -109,6 +111,14 @@ async def _serve(
     service.close()
     await server.stop(grace=0.2)
     return ExitCode.CLEAN
+
+
+async def _add_health(server: grpc.aio.Server) -> None:
+    """grpc.health.v1 for probes: the event loop runs. Readiness is the coordinator's to tell."""
+    servicer = health.aio.HealthServicer()
+    for name in ("", "liveness"):
+        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
 
 
 def _stop(code: ExitCode, reason: object) -> int:
