@@ -22,7 +22,7 @@ endif
 # As environment variables these survive quotes, dollars and spaces; make itself would expand a $.
 override PROMPT := $(value PROMPT)
 export PYTHON TORCH PROMPT MODEL TP ARGS
-SOURCES := protos tpcomm worker coordinator lockstep bench scripts tests
+SOURCES := protos tpcomm worker coordinator lockstep bench deploy scripts tests
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile

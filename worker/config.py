@@ -39,12 +39,12 @@ class WorkerConfig:
     device: str
     host: str
     port: int
-    metrics_host: str
     metrics_port: int
     num_threads: int
     nccl_path: str
     ready_file: str
     log_format: str
+    metrics_host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
         if not self.model:

@@ -1,0 +1,268 @@
+"""Writes the dashboards: python deploy/grafana/dashboards.py; a test holds the files to this.
+
+A panel is a title, a unit and queries with their legends; every query is limited to the job and the
+model that are chosen at the top of the page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+_PANEL_HEIGHT = 8
+_GRID_WIDTH = 24
+_ON = 'job=~"$job", model_name=~"$model"'
+_DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One graph (or, as `stat`, one number); `queries` are (PromQL, legend)."""
+
+    title: str
+    unit: str
+    queries: Sequence[tuple[str, str]]
+    kind: str = "timeseries"
+    width: int = 12
+    text: str = ""
+
+
+def quantiles(name: str, by: str = "") -> list[tuple[str, str]]:
+    """Median, p90 and p99 of a histogram over all chosen instances."""
+    rate = f"sum by (le{by}) (rate(lockstep_{name}_bucket{{{_ON}}}[$__rate_interval]))"
+    return [
+        (f"histogram_quantile({share}, {rate})", label)
+        for share, label in ((0.5, "median"), (0.9, "p90"), (0.99, "p99"))
+    ]
+
+
+def rate(name: str, by: str) -> str:
+    """Events a second, summed by a label."""
+    return f"sum by ({by}) (rate(lockstep_{name}{{{_ON}}}[$__rate_interval]))"
+
+
+OVERVIEW = (
+    Panel(
+        "Ranks in the group",
+        "none",
+        [(f"sum(lockstep_rank_up{{{_ON}}})", "up"), (f"count(lockstep_rank_up{{{_ON}}})", "all")],
+        kind="stat",
+        width=6,
+    ),
+    Panel(
+        "Targets that answer",
+        "none",
+        [('sum(up{job=~"$job"})', "up"), ('count(up{job=~"$job"})', "all")],
+        kind="stat",
+        width=6,
+    ),
+    Panel(
+        "Restarts in the last day",
+        "none",
+        [(f"sum(increase(lockstep_group_restarts_total{{{_ON}}}[1d]))", "restarts")],
+        kind="stat",
+        width=6,
+    ),
+    Panel(
+        "Failed in the last hour",
+        "none",
+        [(f"sum(increase(lockstep_requests_failed_total{{{_ON}}}[1h]))", "requests")],
+        kind="stat",
+        width=6,
+    ),
+    Panel(
+        "Tokens",
+        "short",
+        [
+            (rate("generation_tokens_total", "model_name"), "generated a second"),
+            (rate("prompt_tokens_total", "model_name"), "prompt tokens a second"),
+        ],
+    ),
+    Panel(
+        "Requests running and waiting",
+        "short",
+        [
+            (f"sum(lockstep_num_requests_running{{{_ON}}})", "running"),
+            (f"sum(lockstep_num_requests_waiting{{{_ON}}})", "waiting"),
+        ],
+        text="Waiting and a full KV cache: memory limits. Waiting without: the batch does.",
+    ),
+    Panel(
+        "KV cache in use",
+        "percentunit",
+        [(f"lockstep_kv_cache_usage_perc{{{_ON}}}", "{{instance}}")],
+    ),
+    Panel(
+        "Preemptions",
+        "ops",
+        [(rate("preemptions_total", "instance"), "{{instance}}")],
+        text="Requests that lost their KV blocks and are computed again.",
+    ),
+    Panel("Between tokens", "s", quantiles("inter_token_latency_seconds")),
+    Panel("To the first token", "s", quantiles("time_to_first_token_seconds")),
+)
+
+RANKS = (
+    Panel(
+        "Rank in the group",
+        "none",
+        [(f"lockstep_rank_up{{{_ON}}}", "{{instance}} rank {{rank}}")],
+    ),
+    Panel(
+        "Start-up phase",
+        "none",
+        [(f"lockstep_worker_phase{{{_ON}}}", "{{instance}} rank {{rank}}")],
+        text="1 started, 2 loaded, 3 joined, 4 captured, 5 ready, 6 failed.",
+    ),
+    Panel(
+        "Mean step on the device",
+        "s",
+        [
+            (
+                f"{rate('step_seconds_sum', 'instance, rank')}"
+                f" / {rate('step_seconds_count', 'instance, rank')}",
+                "{{instance}} rank {{rank}}",
+            )
+        ],
+        text="Ranks wait for each other in every step: a slow one slows all.",
+    ),
+    Panel("Step on the device, all ranks", "s", quantiles("step_seconds")),
+    Panel(
+        "Steps",
+        "ops",
+        [(rate("step_seconds_count", "instance, rank"), "{{instance}} rank {{rank}}")],
+    ),
+    Panel(
+        "All-reduces since the group's start",
+        "short",
+        [(f"lockstep_all_reduces{{{_ON}}}", "{{instance}} rank {{rank}}")],
+        text="Equal on all ranks; a line that lags is a rank that hangs.",
+    ),
+    Panel(
+        "Memory by kind",
+        "bytes",
+        [(f"lockstep_memory_bytes{{{_ON}}}", "{{instance}} rank {{rank}} {{kind}}")],
+    ),
+    Panel(
+        "Last start by phase",
+        "s",
+        [(f"lockstep_startup_seconds{{{_ON}}}", "{{instance}} {{phase}}")],
+    ),
+)
+
+REQUESTS = (
+    Panel(
+        "Requests that ended well, by reason",
+        "reqps",
+        [(rate("request_success_total", "finished_reason"), "{{finished_reason}}")],
+    ),
+    Panel(
+        "Requests that failed, by status",
+        "reqps",
+        [(rate("requests_failed_total", "code"), "{{code}}")],
+    ),
+    Panel(
+        "Requests refused, by reason",
+        "reqps",
+        [(rate("requests_rejected_total", "reason"), "{{reason}}")],
+        text="queue_full is overload, not_ready an outage, the rest mistakes of clients.",
+    ),
+    Panel(
+        "Tokens of a request",
+        "short",
+        [
+            (
+                f"{rate('generation_tokens_total', 'model_name')}"
+                f" / {rate('e2e_request_latency_seconds_count', 'model_name')}",
+                "generated, mean",
+            )
+        ],
+    ),
+    Panel("To the first token", "s", quantiles("time_to_first_token_seconds")),
+    Panel("Between tokens", "s", quantiles("inter_token_latency_seconds")),
+    Panel("From arrival to end", "s", quantiles("e2e_request_latency_seconds")),
+)
+
+DASHBOARDS = {
+    "overview": ("Lockstep: overview", OVERVIEW),
+    "ranks": ("Lockstep: ranks and communication", RANKS),
+    "requests": ("Lockstep: requests", REQUESTS),
+}
+
+
+def dashboard(name: str) -> dict[str, Any]:
+    """The JSON model of a dashboard, as Grafana 11 takes it."""
+    title, panels = DASHBOARDS[name]
+    return {
+        "uid": f"lockstep-{name}",
+        "title": title,
+        "tags": ["lockstep"],
+        "timezone": "browser",
+        "editable": True,
+        "graphTooltip": 1,
+        "schemaVersion": 39,
+        "refresh": "15s",
+        "time": {"from": "now-1h", "to": "now"},
+        "templating": {"list": _variables()},
+        "panels": _placed(panels),
+    }
+
+
+def _variables() -> list[dict[str, Any]]:
+    def query(name: str, label: str, text: str) -> dict[str, Any]:
+        return {
+            "type": "query",
+            "name": name,
+            "label": label,
+            "datasource": _DATASOURCE,
+            "query": text,
+            "refresh": 2,
+            "multi": True,
+            "includeAll": True,
+            "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
+            "allValue": ".*" if name == "model" else "lockstep.*",
+        }
+
+    return [
+        {"type": "datasource", "name": "datasource", "label": "Source", "query": "prometheus"},
+        query("job", "Job", 'label_values(up{job=~"lockstep.*"}, job)'),
+        query("model", "Model", 'label_values({__name__=~"lockstep_.+"}, model_name)'),
+    ]
+
+
+def _placed(panels: Sequence[Panel]) -> list[dict[str, Any]]:
+    placed = []
+    x = y = 0
+    for number, panel in enumerate(panels, start=1):
+        if x + panel.width > _GRID_WIDTH:
+            x, y = 0, y + _PANEL_HEIGHT
+        grid = {"x": x, "y": y, "w": panel.width, "h": _PANEL_HEIGHT}
+        x += panel.width
+        body: dict[str, Any] = {
+            "id": number,
+            "type": panel.kind,
+            "title": panel.title,
+            "datasource": _DATASOURCE,
+            "gridPos": grid,
+            "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+            "targets": [
+                {"refId": chr(65 + index), "expr": expr, "legendFormat": legend}
+                for index, (expr, legend) in enumerate(panel.queries)
+            ],
+        }
+        placed.append(body | ({"description": panel.text} if panel.text else {}))
+    return placed
+
+
+def text(name: str) -> str:
+    """The file of a dashboard."""
+    return json.dumps(dashboard(name), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    for each in DASHBOARDS:
+        (FOLDER / f"{each}.json").write_text(text(each))
