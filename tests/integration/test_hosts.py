@@ -82,10 +82,9 @@ def free_pair() -> int:
     """A port that is free and has a free one above it."""
     while True:
         first = free_port()
-        with socket.socket() as second:
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", first + 1))
-                return first
+        with socket.socket() as second, contextlib.suppress(OSError, OverflowError):
+            second.bind(("127.0.0.1", first + 1))
+            return first
 
 
 def test_under_serve_the_ranks_metrics_are_at_the_ports_that_were_asked_for(tmp_path: Path) -> None:
