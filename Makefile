@@ -65,7 +65,7 @@ protos: setup ## Generate protos/**/*_pb2*.py with the oldest tools we support
 protos-check: setup ## Fail if the generated code differs from what the .proto files give
 	@$(PY) scripts/protos.py check
 
-bench: setup ## Benchmarks: ARGS="decode --model ..." (see `lockstep bench --help`)
+bench: setup ## Benchmarks: ARGS="serving --model ..." (see `lockstep bench --help`)
 	@$(PY) -m lockstep bench $${ARGS:-}
 
 clean: ## Remove caches and build outputs, not .venv

@@ -9,6 +9,10 @@ import sys
 _BENCHES = {
     "serving": ("bench.serving", "a server through its public API, case by case"),
     "cpu": ("bench.cpu_decode", "decoding on CPU against transformers' generate"),
+    "multi-turn": ("bench.multi_turn", "what the prefix cache saves in conversations"),
+    "overload": ("bench.overload", "ten times more than the server can take"),
+    "control-plane": ("bench.control_plane", "the coordinator, with simulated workers"),
+    "streams": ("bench.frontend_streams", "what a token costs a frontend process"),
     "kernels": ("bench.bench_kernels", "every CUDA kernel against its floor (needs a GPU)"),
 }
 
@@ -27,7 +31,7 @@ def main(argv: list[str]) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<8} {text}" for name, (_, text) in _BENCHES.items()]
+    lines = [f"  {name:<13} {text}" for name, (_, text) in _BENCHES.items()]
     return "\n".join(["usage: lockstep bench NAME ... (each has --help)", *lines])
 
 

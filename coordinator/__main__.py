@@ -3,6 +3,8 @@
 import asyncio
 import os
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import uvloop
 
@@ -11,6 +13,7 @@ from coordinator.engine import Engine
 from coordinator.errors import BadCheckpoint, StartRefused
 from coordinator.metrics import EngineMetrics, MetricsServer
 from coordinator.model_config import ModelConfig, read_model_config, table_width
+from coordinator.step_log import StepLog
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import FlagError
 from lockstep.daemon.logs import configure_logging
@@ -37,10 +40,25 @@ def main(argv: list[str]) -> int:
     try:
         server = MetricsServer(metrics, config.metrics_host, config.metrics_port)
     except OSError as error:
-        address = f"{config.metrics_host}:{config.metrics_port}"
-        return _stop(ExitCode.ADDRESS, f"--metrics-port: cannot serve on {address}: {error}")
+        return _stop(
+            ExitCode.ADDRESS,
+            f"cannot serve metrics on {config.metrics_host}:{config.metrics_port}: "
+            f"{error.strerror}; stop what runs there, or choose another --metrics-host or "
+            "--metrics-port (0: any)",
+        )
     with server, notifier:
-        return _run(config, model, digest, metrics, server.port, notifier)
+        try:
+            step_log = _step_log(config, metrics)
+        except OSError as error:
+            return _stop(ExitCode.CONFIG, f"--step-log {config.step_log}: {error}")
+        with step_log or nullcontext():
+            return _run(config, model, digest, metrics, server.port, notifier, step_log)
+
+
+def _step_log(config: CoordinatorConfig, metrics: EngineMetrics) -> StepLog | None:
+    if not config.step_log:
+        return None
+    return StepLog(Path(config.step_log), config.step_log_bytes, metrics)
 
 
 def _run(
@@ -50,9 +68,18 @@ def _run(
     metrics: EngineMetrics,
     metrics_port: int,
     notifier: Notifier,
+    step_log: StepLog | None,
 ) -> int:
     async def run() -> int:
-        engine = Engine(config, model, digest, metrics, metrics_port, notifier=notifier)
+        engine = Engine(
+            config,
+            model,
+            digest,
+            metrics,
+            metrics_port,
+            notifier=notifier,
+            step_log=step_log,
+        )
         return await engine.run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

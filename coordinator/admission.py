@@ -6,11 +6,13 @@ import grpc
 import numpy as np
 
 from coordinator.errors import CoordinatorError
+from coordinator.precedence import virtual_arrival
 from coordinator.request import Request, Sampling
 from protos.lockstep.v1 import engine_pb2
 
 _MAX_STOP_IDS = 16
 _MAX_LOGPROBS = 20
+_MAX_PRIORITY = 100  # either way; that it is bounded keeps everyone from starving
 # A parameter outside these is refused by the ranks, and a refused command costs the whole group.
 _RANGES = {
     "temperature": (0.0, 100.0),
@@ -46,22 +48,24 @@ class ModelLimits:
     block_size: int
 
 
-def read_submit(
-    submit: engine_pb2.Submit, frontend: int, order: int, limits: ModelLimits
-) -> Request:
+def read_submit(submit: engine_pb2.Submit, frontend: int, limits: ModelLimits) -> Request:
     """The request's record; raises Refused with INVALID_ARGUMENT naming field, value and limit.
 
     Frontends validate first, with better words and before tokenising; what is repeated here is what
-    would otherwise reach the ranks.
+    would otherwise reach the ranks. The record's order is not unique yet.
     """
     params = submit.sampling_params
     stop_ids = tuple(_token_ids(submit.stop_ids, "stop_ids", limits.vocab_size).tolist())
     _require(len(stop_ids) <= _MAX_STOP_IDS, f"{len(stop_ids)} stop ids; at most {_MAX_STOP_IDS}")
     resumed = _token_ids(submit.resume_output_ids, "resume_output_ids", limits.vocab_size)
+    _require(
+        abs(submit.priority) <= _MAX_PRIORITY,
+        f"priority is {submit.priority}; it must be {-_MAX_PRIORITY} to {_MAX_PRIORITY}",
+    )
     num_logprobs = params.logprobs if params.HasField("logprobs") else -1
     _require(num_logprobs <= _MAX_LOGPROBS, f"logprobs {num_logprobs} is above {_MAX_LOGPROBS}")
     request = Request(
-        order=order,
+        order=virtual_arrival(submit.arrival_time, submit.priority),
         frontend=frontend,
         handle=submit.handle,
         request_id=submit.request_id,
@@ -81,7 +85,12 @@ def read_submit(
             num_logprobs=num_logprobs,
         ),
         arrival_time=submit.arrival_time,
+        tenant=submit.tenant,
+        use_prefix_cache=submit.use_prefix_cache,
+        group=submit.group or submit.handle,
+        deadline=submit.deadline,
         output_ids=resumed.tolist(),
+        num_resumed=len(resumed),
     )
     _check_sampling(request.sampling)
     _check_lengths(request, limits)

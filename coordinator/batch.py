@@ -3,19 +3,21 @@
 It applies what the scheduler decides and turns it into bytes; it reads no clock and does no I/O.
 """
 
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from coordinator.block_allocator import BlockAllocator
-from coordinator.errors import ProtocolBroken
+from coordinator.outstanding import Outstanding, SentCommand
+from coordinator.prefix_cache import PrefixCache
 from coordinator.request import Request, RequestState
 from coordinator.request_queue import RequestQueue
-from coordinator.scheduler import Capacity, Chunk, Prefill, Rows, StepPlan, Waiting, plan_step
-from coordinator.step_command import CommandEncoder, DeltaBuilder, SentStep
+from coordinator.sample_groups import SampleGroups
+from coordinator.scheduler import Capacity, Chunk, Prefill, Rows, Victim, Waiting, plan_step
+from coordinator.step_command import CommandEncoder, DeltaBuilder
 from coordinator.tables import RowTable, SlotTable, table_digest
 
-_STEPS_PER_COMMAND = 1
 _WATERMARK_SHARE = 100  # one block in a hundred stays free on admission
 
 
@@ -27,6 +29,7 @@ class BatchLimits:
     block_size: int
     max_num_seqs: int
     max_batch_tokens: int
+    use_prefix_cache: bool = True
 
 
 class Batch:
@@ -40,12 +43,15 @@ class Batch:
         self.rows = RowTable(limits.max_num_seqs)
         self.slots = SlotTable(limits.max_num_seqs)
         self.queue = RequestQueue()
+        self.prefix_cache = PrefixCache(self.allocator, limits.block_size, limits.use_prefix_cache)
+        self._groups = SampleGroups()
         self._num_preemptions = 0
-        self.last_reported_step = 0
         self._active: dict[int, Request] = {}  # by order: those that hold a slot
         self._prefilling: list[Request] = []
-        self._sent: deque[SentStep] = deque()
+        self.outstanding = Outstanding()
+        self._prompt_tokens = Counter[int]()  # in chunks, by step
         self._encoder = CommandEncoder(epoch)
+        self.epoch = epoch
 
     @property
     def num_running(self) -> int:
@@ -53,9 +59,14 @@ class Batch:
         return len(self._active)
 
     @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self.queue) + len(self._groups)
+
+    @property
     def num_unreported(self) -> int:
         """Commands with steps whose results have not all come."""
-        return len(self._sent)
+        return len(self.outstanding)
 
     @property
     def last_command_id(self) -> int:
@@ -67,81 +78,101 @@ class Batch:
         return self._encoder.last_step
 
     @property
+    def last_reported_step(self) -> int:
+        """Last step whose results have come."""
+        return self.outstanding.last_reported_step
+
+    @property
     def kv_usage(self) -> float:
-        """Share of the usable blocks that are taken, 0 to 1."""
+        """Share of the usable blocks that sequences own, 0 to 1."""
         usable = self.allocator.num_usable_blocks
         return 1.0 - self.allocator.num_free_blocks / usable
 
+    @property
+    def num_tokens_to_prefill(self) -> int:
+        """Of requests that hold a slot: tokens whose chunks are not sent yet."""
+        return sum(request.prefill_len - request.num_prefilled for request in self._prefilling)
+
     def enqueue(self, request: Request) -> None:
-        """Puts a new request at the end of the queue."""
-        self.queue.append(request)
+        """Puts a new request into the queue; a sample once it can share its leader's blocks."""
+        self.prefix_cache.enrol(request)
+        if not self._groups.try_hold(request):
+            self.queue.append(request)
 
     def finish(self, request: Request) -> None:
         """Ends a request wherever it is. Its slot closes and its blocks are free with the next
         command; results that still come for it are to be dropped."""
         if request.state in (RequestState.WAITING, RequestState.PREEMPTED):
-            self.queue.remove(request)
+            if not self._groups.remove(request):
+                self.queue.remove(request)
         elif request.slot:
             self._leave_slot(request)
         request.finish()
+        self._queue_samples([request])
 
-    def next_command(self, with_table_digest: bool = False) -> bytes | None:
-        """Plans, books and serialises the next command; None if no token would be computed."""
+    def next_command(self, with_table_digest: bool = False, max_steps: int = 1) -> bytes | None:
+        """Plans, books and serialises the next command; None if no token would be computed.
+
+        It grants up to `max_steps` steps, and one if somebody could begin with the next command.
+        """
         self._promote()
+        self._complete_rows()
+        may_begin = len(self.queue) and self.slots.num_free_slots
+        num_steps = 1 if may_begin or self._prefilling else max_steps
         plan = plan_step(
-            self._rows_view(), self._prefill_views(), self._waiting_views(), self._capacity()
+            self._rows_view(),
+            self._prefill_views(),
+            self._victims(),
+            self._waiting_views(),
+            self._capacity(num_steps),
         )
         delta = DeltaBuilder()
-        self._make_room(plan)
-        for order, count in plan.row_blocks:
-            request = self._active[order]
-            self._give_blocks(request, count, delta)
-            self.rows.num_blocks[request.row] += count
+        self._preempt(plan.preempted)
+        # Before new blocks are given out, which may be cached ones that nobody owns.
+        for chunk in plan.chunks:
+            if chunk.is_admission:
+                self._open_slot(chunk)
+        self._give_row_blocks(plan.row_blocks, delta)
         added = [self._add_chunk(chunk, delta) for chunk in plan.chunks]
         if plan.is_empty:
             return None
         rows = self.rows.requests.copy()
         assert len(rows) == plan.num_rows
-        self.rows.advance(_STEPS_PER_COMMAND)
-        command = self._encode(delta, _STEPS_PER_COMMAND, with_table_digest)
-        self._sent.append(
-            SentStep(
+        self.rows.advance(plan.num_steps)
+        command = self._encode(delta, plan.num_steps, with_table_digest)
+        self.outstanding.add(
+            SentCommand(
                 self.last_command_id,
-                self.last_step - _STEPS_PER_COMMAND + 1,
-                _STEPS_PER_COMMAND,
+                self.last_step - plan.num_steps + 1,
+                plan.num_steps,
                 rows,
                 [request for request in added if request.num_prefilled == request.prefill_len],
+                bool(added),
             )
         )
+        self._queue_samples(added)
         return command
 
     def heartbeat_command(self) -> bytes:
         """A command without steps that carries what has been closed, and the table digest."""
-        assert not self.rows.num_rows
         return self._encode(DeltaBuilder(), 0, with_table_digest=True)
 
     def resolve(self, command_id: int, step: int) -> Sequence[Request]:
-        """The requests that a result speaks of, in the order of its entries.
+        """As `Outstanding.resolve`."""
+        return self.outstanding.resolve(command_id, step)
 
-        Results come once each and in order; ProtocolBroken otherwise.
-        """
-        expected = self.last_reported_step + 1
-        if not self._sent or self._sent[0].command_id != command_id or step != expected:
-            awaited = self._sent[0].command_id if self._sent else "none"
-            raise ProtocolBroken(
-                f"result of command {command_id} step {step}; awaited: command {awaited} "
-                f"step {expected}"
-            )
-        sent = self._sent[0]
-        self.last_reported_step = step
-        if step == sent.last_step:
-            self._sent.popleft()
-        return sent.entries(step)
+    def pop_prompt_tokens(self, step: int) -> int:
+        """How many tokens the chunks of a step held; asked once when it is reported."""
+        return self._prompt_tokens.pop(step, 0)
 
     def take_num_preemptions(self) -> int:
         """Preemptions since the last call."""
         taken, self._num_preemptions = self._num_preemptions, 0
         return taken
+
+    def distrust(self, request: Request) -> None:
+        """A request's logits were not finite: nobody is to share what it has computed."""
+        self.prefix_cache.distrust(request)
 
     def check(self) -> None:
         """Audits blocks, slots and rows against each other; AssertionError says what is wrong."""
@@ -159,6 +190,11 @@ class Batch:
                 self.rows.append(request)
         self._prefilling = [r for r in self._prefilling if r.state is RequestState.PREFILLING]
 
+    def _complete_rows(self) -> None:
+        for request in self.rows.completed():
+            self._leave_slot(request)
+            request.complete()
+
     def _rows_view(self) -> Rows:
         rows = self.rows
         return Rows(rows.orders, rows.next_positions, rows.final_limits, rows.num_blocks)
@@ -169,47 +205,74 @@ class Batch:
             for r in self._prefilling
         ]
 
+    def _victims(self) -> Iterator[Victim]:
+        num_left = Counter[int]()  # owners that have left, by block
+        for order in sorted(self._active, reverse=True):
+            num_freed = 0
+            for block_id in self._active[order].block_ids:
+                num_left[block_id] += 1
+                num_freed += num_left[block_id] == self.allocator.num_owners(block_id)
+            yield Victim(order, num_freed)
+
     def _waiting_views(self) -> Iterator[Waiting]:
         for request in self.queue:
-            is_ready = request.ready_after_step <= self.last_reported_step
-            yield Waiting(request.order, request.num_to_prefill, is_ready)
+            if request.ready_after_step > self.last_reported_step:
+                yield Waiting(request.order, request.num_to_prefill, is_ready=False)
+                continue
+            cached = self.prefix_cache.find(request)
+            unowned = [block for block in cached if not self.allocator.num_owners(block)]
+            yield Waiting(request.order, request.num_to_prefill, True, cached, unowned)
 
-    def _capacity(self) -> Capacity:
+    def _capacity(self, num_steps: int) -> Capacity:
         return Capacity(
             num_free_blocks=self.allocator.num_free_blocks,
             num_free_slots=self.slots.num_free_slots,
             block_size=self.limits.block_size,
             max_batch_tokens=self.limits.max_batch_tokens,
             watermark_blocks=max(1, self.limits.num_blocks // _WATERMARK_SHARE),
-            num_steps=_STEPS_PER_COMMAND,
+            num_steps=num_steps,
         )
 
-    def _make_room(self, plan: StepPlan) -> None:
-        for order in plan.completed:
-            request = self._active[order]
-            self._leave_slot(request)
-            request.complete()
-        for order in plan.preempted:
+    def _preempt(self, orders: Sequence[int]) -> None:
+        for order in orders:
             request = self._active[order]
             self._leave_slot(request)
             request.preempt(self.last_step)
             self.queue.put_back(request)
             self._num_preemptions += 1
 
+    def _open_slot(self, chunk: Chunk) -> None:
+        request = self.queue.take(chunk.order)
+        request.open_slot(self.slots.take(), chunk.start)
+        self.prefix_cache.take(request, chunk.cached_blocks)
+        self.slots.open[request.slot] = request
+        self._active[request.order] = request
+        self._prefilling.append(request)
+
     def _add_chunk(self, chunk: Chunk, delta: DeltaBuilder) -> Request:
+        request = self._active[chunk.order]
         if chunk.is_admission:
-            request = self.queue.take(chunk.order)
-            request.open_slot(self.slots.take())
-            self.slots.open[request.slot] = request
-            self._active[request.order] = request
-            self._prefilling.append(request)
             delta.open(request, self._take_blocks(chunk.num_new_blocks), self.limits.block_size)
         else:
-            request = self._active[chunk.order]
             self._give_blocks(request, chunk.num_new_blocks, delta)
+        self._prompt_tokens[self.last_step + 1] += chunk.length
         delta.add_chunk(request, chunk.start, chunk.length)
         request.num_prefilled += chunk.length
+        self.prefix_cache.chunk_sent(request)
+        request.num_partial_chunks += request.num_prefilled < request.prefill_len
         return request
+
+    def _queue_samples(self, leaders: Sequence[Request]) -> None:
+        for sample in self._groups.take_ready(leaders):
+            self.queue.append(sample)
+
+    def _give_row_blocks(self, needs: Sequence[tuple[int, int]], delta: DeltaBuilder) -> None:
+        block_ids = iter(self._take_blocks(sum(count for _, count in needs)))
+        num_blocks = self.rows.num_blocks
+        for order, count in needs:
+            request = self._active[order]
+            delta.append_blocks(request, list(islice(block_ids, count)), self.limits.block_size)
+            num_blocks[request.row] += count
 
     def _give_blocks(self, request: Request, count: int, delta: DeltaBuilder) -> None:
         if count:
@@ -227,6 +290,7 @@ class Batch:
             self._prefilling.remove(request)
         self.slots.close(request.slot)
         del self._active[request.order]
+        self.prefix_cache.leave(request)
         self.allocator.release(request.block_ids)
         request.block_ids = []
 

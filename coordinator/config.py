@@ -20,8 +20,11 @@ from lockstep.daemon.flags import (
 # Settings that daemons share a file and an environment for, but that are not ours.
 ELSEWHERE = frozenset({"tp", "devices", "device", "num-threads", "nccl-path"})
 
+_MIN_LOG_BYTES = 1 << 20
 
-def _addresses(text: str) -> tuple[str, ...]:
+
+def worker_addresses(text: str) -> tuple[str, ...]:
+    """Parses host:port,host:port,...; ValueError says what it wants."""
     addresses = tuple(part.strip() for part in text.split(","))
     for address in addresses:
         host, _, port = address.rpartition(":")
@@ -36,12 +39,19 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _log_size(text: str) -> int:
+    size = byte_size(text)
+    if size < _MIN_LOG_BYTES:
+        raise ValueError(f"want at least {_MIN_LOG_BYTES >> 10}K")
+    return size
+
+
 _TIMEOUT = float_between(0.1, 86400.0)
 
 FLAGS = (
     Flag("model", _path, None, "checkpoint folder"),
     Flag("served-model-name", str, "", "name clients use; default: the folder's name"),
-    Flag("workers", _addresses, (), "host:port of each worker, in order of rank"),
+    Flag("workers", worker_addresses, (), "host:port of each worker, in order of rank"),
     Flag("dtype", choice("auto", "float32", "bfloat16", "float16"), "auto", "of weights and cache"),
     Flag("max-model-len", int_at_least(0), 0, "longest prompt + output; 0: what fits"),
     Flag("max-num-seqs", positive_int, 256, "most requests in the batch"),
@@ -51,7 +61,7 @@ FLAGS = (
     Flag("gpu-memory-fraction", float_between(0.01, 1.0), 0.9, "share of GPU memory to use"),
     Flag("load-format", choice("safetensors", "dummy"), "safetensors", "dummy: random weights"),
     Flag("comm", choice("auto", "nccl", "shm", "gloo"), "auto", "how ranks talk to each other"),
-    Flag("prefix-cache", on_off, False, "on is not implemented in this version"),
+    Flag("prefix-cache", on_off, True, "requests share KV blocks of equal prefixes"),
     Flag("use-graphs", on_off, True, "capture steps as CUDA graphs"),
     Flag("step-timeout", _TIMEOUT, 30.0, "seconds after which a silent rank is lost"),
     Flag("startup-timeout", _TIMEOUT, 600.0, "seconds for the ranks to come up"),
@@ -61,7 +71,11 @@ FLAGS = (
     Flag("metrics-host", str, "127.0.0.1", "address to serve metrics on"),
     Flag("metrics-port", tcp_port, 9851, "Prometheus port; 0: any"),
     Flag("max-queue-requests", positive_int, 1024, "most requests that wait"),
+    Flag("max-queue-prompt-tokens", positive_int, 1 << 20, "most prompt tokens that wait"),
+    Flag("step-log", str, "", "file to log step commands and results to, for lockstep replay"),
+    Flag("step-log-bytes", _log_size, 256 << 20, "most bytes of the step log's files together"),
     Flag("num-frontends", positive_int, 1, "processes that serve the public API"),
+    Flag("slow-client-seconds", _TIMEOUT, 30.0, "seconds that unread output is kept"),
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
     Flag("ready-file", str, "", "file to write once requests can be answered"),
 )
@@ -83,7 +97,7 @@ class CoordinatorConfig:
     gpu_memory_fraction: float = 0.9
     load_format: str = "safetensors"
     comm: str = "auto"
-    prefix_cache: bool = False
+    prefix_cache: bool = True
     use_graphs: bool = True
     step_timeout: float = 30.0
     startup_timeout: float = 600.0
@@ -93,13 +107,15 @@ class CoordinatorConfig:
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9851
     max_queue_requests: int = 1024
+    max_queue_prompt_tokens: int = 1 << 20
+    step_log: str = ""
+    step_log_bytes: int = 256 << 20
     num_frontends: int = 1
+    slow_client_seconds: float = 30.0
     log_format: str = "text"
     ready_file: str = ""
 
     def __post_init__(self) -> None:
-        if self.prefix_cache:
-            raise FlagError("--prefix-cache on: this version has no prefix cache; use off")
         if not self.workers:
             raise FlagError("--workers is missing; it wants host:port of each worker by rank")
         if self.max_batch_tokens < self.max_num_seqs:

@@ -15,6 +15,7 @@ from coordinator.metrics import EngineMetrics
 from coordinator.model_config import ModelConfig
 from coordinator.outbox import Outbox
 from coordinator.request_book import RequestBook
+from coordinator.step_log import StepLog
 from coordinator.tasks import run_until_first_ends
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.notify import Notifier
@@ -43,6 +44,7 @@ class Engine:
         metrics_port: int,
         start_frontend: StartFrontend = start_frontend,
         notifier: Notifier | None = None,
+        step_log: StepLog | None = None,
     ) -> None:
         self._config = config
         self._start_process = start_frontend
@@ -50,7 +52,9 @@ class Engine:
         self._metrics_port = metrics_port
         self._notifier = notifier or Notifier({})
         self._outbox = Outbox()
-        self._book = RequestBook(self._outbox, metrics, config.max_queue_requests)
+        self._book = RequestBook(
+            self._outbox, metrics, config.max_queue_requests, config.max_queue_prompt_tokens
+        )
         self._frontends: list[FrontendProcess] = []
         self._ports: dict[int, int] = {}
         self._all_listen = asyncio.Event()
@@ -58,7 +62,7 @@ class Engine:
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._status = GroupStatus(config, metrics, self._tell_state)
         self._leader = GroupLeader(
-            config, model, model_digest, self._book, self._status, metrics, self._flush
+            config, model, model_digest, self._book, self._status, metrics, self._flush, step_log
         )
         self._is_draining = False
 
@@ -172,6 +176,9 @@ class Engine:
             self._book.release(index, message.release)
         elif kind == "abort":
             self._book.abort(index, message.abort)
+        elif kind == "alive":
+            self._book.alive(index, message.alive.stream_count)
+            return
         elif kind == "rejected":
             self._metrics.requests_rejected[message.rejected.reason] += message.rejected.count
             return

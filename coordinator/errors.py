@@ -4,6 +4,7 @@ CoordinatorError
 ├── BadRequest        the request is at fault        INVALID_ARGUMENT
 ├── TextUnavailable   the checkpoint has no text     FAILED_PRECONDITION
 ├── BadCheckpoint     a checkpoint file is at fault  the daemon stops at start
+├── BadStepLog        a step log cannot be replayed  the replay stops at start
 ├── StartRefused      the daemon stops at start with its exit code
 ├── RankLost          a rank failed, stalled or left: the group starts again
 ├── ProtocolBroken    a rank answered what it was not asked; the engine makes a RankLost of it
@@ -44,6 +45,13 @@ class BadCheckpoint(CoordinatorError):
     def __init__(self, file: Path, problem: str) -> None:
         self.file = file
         self.problem = problem
+        super().__init__(f"{file}: {problem}")
+
+
+class BadStepLog(CoordinatorError):
+    """A step log cannot be replayed, or not so far."""
+
+    def __init__(self, file: Path, problem: str) -> None:
         super().__init__(f"{file}: {problem}")
 
 

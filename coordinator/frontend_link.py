@@ -145,6 +145,7 @@ def frontend_command(config: CoordinatorConfig, engine_fd: int, port: int) -> Se
         "port": port,
         "silence-timeout": config.step_timeout + _SILENCE_MARGIN_S,
         "num-frontends": config.num_frontends,
+        "slow-client-seconds": config.slow_client_seconds,
         "log-format": config.log_format,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from coordinator.admission import ModelLimits
+from coordinator.arrival_skew import ArrivalSkew
 from coordinator.batch import Batch, BatchLimits
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import RankLost
@@ -23,9 +24,11 @@ from coordinator.model_config import ModelConfig
 from coordinator.progress_watch import ProgressWatch
 from coordinator.request_book import RequestBook
 from coordinator.startup import Group, Startup
+from coordinator.step_log import StepLog
 from coordinator.step_loop import StepLoop
 from coordinator.tasks import run_until_first_ends
 from coordinator.worker_group import StepStreams, WorkerClient
+from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import worker_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -47,7 +50,9 @@ class GroupLeader:
         status: GroupStatus,
         metrics: EngineMetrics,
         flush: Callable[[], None],
+        step_log: StepLog | None = None,
     ) -> None:
+        self._log = step_log
         self._config = config
         self._model = model
         self._digest = model_digest
@@ -119,18 +124,35 @@ class GroupLeader:
     async def _run_group(self, group: Group) -> None:
         config = self._config
         limits = BatchLimits(
-            group.num_blocks, config.block_size, config.max_num_seqs, config.max_batch_tokens
+            group.num_blocks,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_batch_tokens,
+            config.prefix_cache,
         )
         batch = Batch(group.epoch, limits)
         watch = ProgressWatch(config.world_size, config.step_timeout)
+        if self._log is not None:
+            self._log.begin_epoch(
+                group.epoch,
+                __version__,
+                self._digest,
+                group.engine_config,
+                config.world_size,
+                group.num_blocks,
+            )
+        skew = ArrivalSkew([hello.boot_id for hello in group.hellos])
+        self._metrics.command_arrival_skew = skew.seconds
         loop = StepLoop(
             batch,
             self._book,
             watch,
+            skew,
             self._metrics,
             lambda command: streams.send(command),  # made below, each needs the other
             self._flush,
             config.step_timeout,
+            self._log,
         )
         streams = StepStreams(self._workers, loop.take_report)
         self._book.open(
@@ -160,6 +182,8 @@ class GroupLeader:
             if answer is not None and answer.last_error:
                 _LOG.error("rank %d, step %d: %s", rank, answer.last_step, answer.last_error)
         self._status.lost(str(root))
+        if self._log is not None:
+            self._log.end_epoch(str(root))
         self._book.close(f"restarting after: {root}", str(root))
         self._flush()
         is_answering = [answer is not None for answer in answers]

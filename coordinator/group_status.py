@@ -97,7 +97,7 @@ class GroupStatus:
             epoch=self._epoch,
             ranks=self._ranks(),
             running_count=batch.num_running if batch else 0,
-            waiting_count=len(batch.queue) if batch else 0,
+            waiting_count=batch.num_waiting if batch else 0,
             block_count=group.num_blocks if group else 0,
             block_size=self._config.block_size,
             max_num_seqs=self._config.max_num_seqs,

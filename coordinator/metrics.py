@@ -7,6 +7,7 @@ observation per token would otherwise cost more than the rest of a step's bookke
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,9 +31,9 @@ _LATENCY_BUCKETS_S = (
 )
 # Shown from the start, as 0: rate() cannot see the step from no series to its first count.
 _KNOWN_LABELS = {
-    "request_success": ("stop", "length", "abort"),
+    "request_success": ("stop", "length", "abort", "cancelled", "deadline"),
     "requests_failed": ("internal", "unavailable"),
-    "requests_rejected": ("invalid_argument", "not_ready", "queue_full"),
+    "requests_rejected": ("invalid_argument", "not_ready", "queue_full", "deadline"),
 }
 _E2E_BUCKETS_S = (*_LATENCY_BUCKETS_S, 160.0, 320.0, 640.0, 1280.0, 2560.0)
 
@@ -42,6 +43,7 @@ class Histogram:
 
     def __init__(self, bounds_s: Sequence[float]) -> None:
         self._bounds = np.array(bounds_s)
+        self._bounds_list = list(bounds_s)
         self._counts = np.zeros(len(bounds_s) + 1, dtype=np.int64)
         self.sum = 0.0
 
@@ -57,6 +59,11 @@ class Histogram:
         self._counts += np.bincount(buckets, minlength=len(self._counts))
         self.sum += float(sum(values))
 
+    def observe_one(self, value: float) -> None:
+        """Adds a value, seconds; cheaper than `observe` for a single one."""
+        self._counts[bisect_left(self._bounds_list, value)] += 1
+        self.sum += value
+
     def cumulative(self) -> list[tuple[str, float]]:
         """(upper bound, values up to it) as Prometheus wants them."""
         bounds = [*(str(bound) for bound in self._bounds.tolist()), "+Inf"]
@@ -71,19 +78,32 @@ class EngineMetrics:
     model_name: str
     num_requests_running: int = 0
     num_requests_waiting: int = 0
+    queue_prompt_tokens: int = 0
+    num_tenants_waiting: int = 0
+    predicted_ttft: float = 0.0
+    requests_without_client: int = 0
     kv_cache_usage: float = 0.0
     prompt_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     group_restarts: int = 0
+    step_log_up: bool = False
+    step_log_dropped: int = 0
     request_success: Counter[str] = field(default_factory=Counter)
     requests_failed: Counter[str] = field(default_factory=Counter)
     requests_rejected: Counter[str] = field(default_factory=Counter)
     rank_up: dict[int, bool] = field(default_factory=dict)
+    command_arrival_skew: dict[int, float] = field(default_factory=dict)
+    worker_idle_seconds: dict[int, float] = field(default_factory=dict)
     startup_seconds: dict[str, float] = field(default_factory=dict)
     time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
     inter_token_latency: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
     e2e_latency: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
+    request_queue_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
+    request_prefill_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
+    request_decode_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
 
 
 class _EngineCollector(Collector):
@@ -102,7 +122,16 @@ class _EngineCollector(Collector):
         plain = (
             ("num_requests_running", "Requests in the batch.", metrics.num_requests_running),
             ("num_requests_waiting", "Requests in the queue.", metrics.num_requests_waiting),
+            ("queue_prompt_tokens", "Prompt tokens in the queue.", metrics.queue_prompt_tokens),
+            ("num_tenants_waiting", "Tenants in the queue.", metrics.num_tenants_waiting),
+            ("predicted_ttft_seconds", "For a request behind all.", metrics.predicted_ttft),
+            (
+                "requests_without_client",
+                "Requests that no frontend holds.",
+                metrics.requests_without_client,
+            ),
             ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", metrics.kv_cache_usage),
+            ("step_log_up", "The step log is being written.", metrics.step_log_up),
         )
         for name, text, value in plain:
             family = GaugeMetricFamily(f"lockstep_{name}", text, labels=["model_name"])
@@ -110,6 +139,10 @@ class _EngineCollector(Collector):
             yield family
         ranks = {str(rank): float(is_up) for rank, is_up in metrics.rank_up.copy().items()}
         yield self._labelled_gauge("rank_up", "The rank is in the group.", "rank", ranks)
+        skews = {str(rank): skew for rank, skew in metrics.command_arrival_skew.copy().items()}
+        yield self._labelled_gauge(
+            "command_arrival_skew_seconds", "Arrival of a command after rank 0's.", "rank", skews
+        )
         yield self._labelled_gauge(
             "startup_seconds",
             "Time of each phase of the last start.",
@@ -131,7 +164,18 @@ class _EngineCollector(Collector):
             ("prompt_tokens", "Prompt tokens of admitted requests.", metrics.prompt_tokens),
             ("generation_tokens", "Tokens generated.", metrics.generation_tokens),
             ("preemptions", "Requests that lost their place.", metrics.preemptions),
+            (
+                "prefix_cache_queries",
+                "Tokens looked up in the prefix cache.",
+                metrics.prefix_cache_queries,
+            ),
+            (
+                "prefix_cache_hits",
+                "Tokens found in the prefix cache.",
+                metrics.prefix_cache_hits,
+            ),
             ("group_restarts", "Times the ranks had to start again.", metrics.group_restarts),
+            ("step_log_dropped", "Records the step log lacks.", metrics.step_log_dropped),
         )
         for name, text, value in plain:
             family = CounterMetricFamily(f"lockstep_{name}", text, labels=["model_name"])
@@ -141,13 +185,14 @@ class _EngineCollector(Collector):
             ("request_success", "Requests ended well.", "finished_reason", metrics.request_success),
             ("requests_failed", "Requests ended in an error.", "code", metrics.requests_failed),
             ("requests_rejected", "Requests never begun.", "reason", metrics.requests_rejected),
+            ("worker_idle_seconds", "Time without a command.", "rank", metrics.worker_idle_seconds),
         )
         for name, text, label, counts in by_label:
             labels = ["model_name", label]
             family = CounterMetricFamily(f"lockstep_{name}", text, labels=labels)
-            known = dict.fromkeys(_KNOWN_LABELS[name], 0)
+            known: dict[str | int, float] = dict.fromkeys(_KNOWN_LABELS.get(name, ()), 0)
             for key, count in (known | counts.copy()).items():
-                family.add_metric([metrics.model_name, key], count)
+                family.add_metric([metrics.model_name, str(key)], count)
             yield family
 
     def _histograms(self) -> Iterator[Metric]:
@@ -156,6 +201,9 @@ class _EngineCollector(Collector):
             ("time_to_first_token", "Arrival to first token.", metrics.time_to_first_token),
             ("inter_token_latency", "Between a request's tokens.", metrics.inter_token_latency),
             ("e2e_request_latency", "Arrival to end of a request.", metrics.e2e_latency),
+            ("request_queue_time", "Arrival to first chunk.", metrics.request_queue_time),
+            ("request_prefill_time", "First chunk to first token.", metrics.request_prefill_time),
+            ("request_decode_time", "First token to end.", metrics.request_decode_time),
         ):
             family = HistogramMetricFamily(f"lockstep_{name}_seconds", text, labels=["model_name"])
             family.add_metric([metrics.model_name], histogram.cumulative(), histogram.sum)

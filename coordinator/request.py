@@ -1,10 +1,14 @@
 """The record of a request. Everything in a worker but the weights is a cache of these."""
 
+from __future__ import annotations
+
 import enum
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from coordinator.prefix_keys import PrefixKeys
 
 
 class RequestState(enum.Enum):
@@ -52,10 +56,20 @@ class Sampling:
     stop_ids: tuple[int, ...]
     num_logprobs: int  # -1: none wanted
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Its penalties depend on which tokens the sequence holds."""
+        is_plain = self.repetition_penalty == 1.0
+        return not is_plain or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One request from Submit to its end. `order` numbers requests by arrival: smaller is older."""
+    """One request from Submit to its end.
+
+    `order` is its precedence, unique among requests in flight: of two that hold slots the larger
+    gives up its place first (see precedence.py). Times are of CLOCK_MONOTONIC, in seconds.
+    """
 
     order: int
     frontend: int
@@ -64,17 +78,32 @@ class Request:
     prompt_ids: npt.NDArray[np.int32]
     max_tokens: int
     sampling: Sampling
-    arrival_time: float  # CLOCK_MONOTONIC, seconds
+    arrival_time: float
     output_ids: list[int] = field(default_factory=list)  # resumed ones included
+    tenant: str = ""
+    use_prefix_cache: bool = True
+    leader: Request | None = None  # sample 0 of the same call, if this is another sample
+    group: int = 0  # handle of sample 0 of its call
+    deadline: float = 0.0  # 0: none
+    num_resumed: int = 0  # output tokens of an earlier call
     state: RequestState = RequestState.WAITING
     slot: int = 0  # 0: none
     row: int = -1  # -1: none
     block_ids: list[int] = field(default_factory=list)
     limit: int = 0  # as last sent
     prefill_len: int = 0
-    num_prefilled: int = 0  # tokens whose chunks are sent
+    cached_len: int = 0  # tokens that were in its blocks when it got its slot
+    num_prefilled: int = 0  # tokens that are cached or whose chunks are sent
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it first got a slot
+    prefix_keys: PrefixKeys | None = None  # None: shares no blocks
     ready_after_step: int = 0  # preempted: last step that may still report a token
-    last_token_time: float = 0.0  # 0: no token yet
+    num_charged: int = 0  # output tokens that its tenant was charged for
+    num_partial_chunks: int = 0  # that did not end what was to prefill
+    num_preemptions: int = 0
+    first_chunk_time: float = 0.0  # 0: none sent yet
+    sums_at_first_chunk: tuple[int, int] = (0, 0)  # see TimeKeeper
+    first_token_time: float = 0.0  # 0: no token yet
+    last_token_time: float = 0.0
 
     @property
     def prompt_len(self) -> int:
@@ -82,7 +111,7 @@ class Request:
 
     @property
     def num_to_prefill(self) -> int:
-        """Tokens to compute before it can go on; late results of a preempted one still add to it."""
+        """Tokens to compute before it can go on; late results still add to it."""
         return self.prompt_len + len(self.output_ids)
 
     @property
@@ -94,12 +123,17 @@ class Request:
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
 
-    def open_slot(self, slot: int) -> None:
-        """Waiting or preempted -> prefilling: takes a slot; outputs so far are prefilled too."""
+    def open_slot(self, slot: int, cached_len: int = 0) -> None:
+        """Waiting or preempted -> prefilling: takes a slot; outputs so far are prefilled too.
+
+        The first `cached_len` tokens are in blocks that it takes over.
+        """
+        if self.state is RequestState.WAITING:
+            self.num_cached_tokens = min(cached_len, self.prompt_len)
         self._enter(RequestState.PREFILLING)
         self.slot = slot
-        self.prefill_len = self.prompt_len + len(self.output_ids)
-        self.num_prefilled = 0
+        self.prefill_len = self.num_to_prefill
+        self.cached_len = self.num_prefilled = cached_len
         self.limit = 0
 
     def start_decoding(self, row: int) -> None:
@@ -118,6 +152,7 @@ class Request:
         self._enter(RequestState.PREEMPTED)
         self._forget_place()
         self.ready_after_step = last_sent_step
+        self.num_preemptions += 1
 
     def finish(self) -> None:
         """Any state but finished -> finished."""

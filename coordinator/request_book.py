@@ -1,15 +1,22 @@
 """Requests in flight by handle and by name, and the one way by which each of them ends."""
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import grpc
 
 from coordinator.admission import ModelLimits, Refused, read_submit
+from coordinator.admission_control import AdmissionControl
 from coordinator.batch import Batch
+from coordinator.client_count import ClientCount
+from coordinator.deadlines import Deadlines
 from coordinator.metrics import EngineMetrics
 from coordinator.outbox import Outbox
+from coordinator.precedence import Precedence
 from coordinator.request import Request
-from protos.lockstep.v1 import engine_pb2, generate_pb2
+from coordinator.time_keeper import TimeKeeper
+from protos.lockstep.v1 import engine_pb2, generate_pb2, worker_pb2
 
 _RETRY_AFTER_S = 1.0
 _FINISHED_REASONS = {
@@ -19,23 +26,49 @@ _FINISHED_REASONS = {
 }
 
 
-class RequestBook:
-    """Takes requests in and ends them, each by exactly one Ended or Release.
+@dataclass(frozen=True)
+class _Epoch:
+    """What the book has while the group can answer."""
 
-    `batch` and `limits` are None while the group cannot answer; requests are then refused with
-    `cause`. Owned by the event loop.
+    batch: Batch
+    limits: ModelLimits
+    control: AdmissionControl
+    keeper: TimeKeeper
+
+
+class RequestBook:
+    """Takes requests in and ends them, each by exactly one Ended.
+
+    The samples of one call are requests of their own that share a name and a group.
+    `clock` gives CLOCK_MONOTONIC in seconds. Until `open` and after `close` the group cannot answer
+    and requests are refused with `cause`. Owned by the event loop.
     """
 
-    def __init__(self, outbox: Outbox, metrics: EngineMetrics, max_queue_requests: int) -> None:
+    def __init__(
+        self,
+        outbox: Outbox,
+        metrics: EngineMetrics,
+        max_queue_requests: int,
+        max_queue_prompt_tokens: int = 1 << 20,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.outbox = outbox
         self.metrics = metrics
         self.cause = "starting"
         self._max_queue_requests = max_queue_requests
-        self._batch: Batch | None = None
-        self._limits: ModelLimits | None = None
+        self._max_queue_prompt_tokens = max_queue_prompt_tokens
+        self._clock = clock
+        self._epoch: _Epoch | None = None
         self._by_handle: dict[tuple[int, int], Request] = {}
-        self._by_name: dict[str, Request] = {}
-        self._num_seen = 0
+        self._by_name: dict[str, list[Request]] = {}
+        self._precedence = Precedence()
+        self._deadlines = Deadlines()
+        self._clients = ClientCount()
+
+    @property
+    def batch(self) -> Batch | None:
+        """Where requests go; None while the group cannot answer."""
+        return self._epoch.batch if self._epoch else None
 
     @property
     def num_in_flight(self) -> int:
@@ -44,13 +77,16 @@ class RequestBook:
     def open(self, batch: Batch, limits: ModelLimits) -> None:
         """The group can answer: requests go into `batch`."""
         assert not self._by_handle
-        self._batch, self._limits, self.cause = batch, limits, ""
+        control = AdmissionControl(batch, self._max_queue_requests, self._max_queue_prompt_tokens)
+        keeper = TimeKeeper(batch.epoch, self.metrics)
+        self._epoch, self.cause = _Epoch(batch, limits, control, keeper), ""
 
     def close(self, cause: str, problem: str) -> None:
         """The group cannot answer: ends every request with UNAVAILABLE `problem`."""
         for request in list(self._by_handle.values()):
             self.fail(request, grpc.StatusCode.UNAVAILABLE, problem, _RETRY_AFTER_S)
-        self._batch, self._limits, self.cause = None, None, cause
+        self._measure()
+        self._epoch, self.cause = None, cause
 
     def submit(self, frontend: int, submit: engine_pb2.Submit) -> None:
         """Queues a request, or ends it at once with the reason why not."""
@@ -64,24 +100,61 @@ class RequestBook:
             )
             return
         self._by_handle[frontend, request.handle] = request
-        self._by_name[request.request_id] = request
+        self._by_name.setdefault(request.request_id, []).append(request)
+        self._deadlines.add(request)
+        self._clients.began(frontend)
         self.metrics.prompt_tokens += request.prompt_len
         self.outbox.accept(request)
         self._end_if_resumed_at_end(request)
 
     def release(self, frontend: int, release: engine_pb2.Release) -> None:
-        """The frontend has what it wants. Unknown handles are requests whose end crossed this."""
+        """The frontend has what it wants; it hears the request's times.
+
+        Unknown handles are requests whose end crossed this.
+        """
         request = self._by_handle.get((frontend, release.handle))
         if request is not None:
-            self._forget(request, release.reason)
+            self._end_well(request, engine_pb2.Ended(handle=request.handle), release.reason)
 
     def abort(self, frontend: int, abort: engine_pb2.AbortByName) -> None:
-        """Ends a request by name with ABORTED and answers whether there was one."""
-        request = self._by_name.get(abort.request_id)
-        if request is not None:
+        """Ends what has this name, all samples of it, with ABORTED; answers if there was any."""
+        named = list(self._by_name.get(abort.request_id, ()))
+        for request in named:
             self.finish(request, generate_pb2.FINISH_REASON_ABORTED)
-        outcome = engine_pb2.AbortOutcome(query=abort.query, was_active=request is not None)
+        outcome = engine_pb2.AbortOutcome(query=abort.query, was_active=bool(named))
         self.outbox.add_answer(frontend, engine_pb2.EngineMessage(abort_outcome=outcome))
+
+    def alive(self, frontend: int, num_streams: int) -> None:
+        """A frontend holds that many requests, as of all that it has said before."""
+        self.metrics.requests_without_client = self._clients.reported(frontend, num_streams)
+
+    def command_sent(self, now: float) -> None:
+        """A command goes to the ranks, with the first chunks of what was taken from the queue."""
+        assert self._epoch is not None
+        for request in self._epoch.batch.queue.pop_taken():
+            if not request.first_chunk_time:
+                self._epoch.control.predictor.observe_admission(
+                    request.num_to_prefill, request.num_cached_tokens
+                )
+            self._epoch.keeper.began(request, now)
+
+    def step_reported(self, result: worker_pb2.StepResult) -> None:
+        """Learns from a step's times, before its tokens are taken."""
+        assert self._epoch is not None
+        self._epoch.keeper.step_reported(result.step_micros, result.comm_micros)
+        num_prompt_tokens = self._epoch.batch.pop_prompt_tokens(result.step)
+        self._epoch.control.predictor.observe_step(num_prompt_tokens, result.step_micros / 1e6)
+
+    def tick(self, now: float) -> bool:
+        """Called every few tens of milliseconds; True if deadlines have passed and slots closed."""
+        if self._epoch is None:
+            return False
+        batch = self._epoch.batch
+        for request in batch.slots.open.values():
+            batch.queue.charge_output(request)
+        has_ended = self._deadlines.end_passed(now, self.num_in_flight, self._end_late)
+        self._measure()
+        return has_ended
 
     def take_token(
         self,
@@ -102,13 +175,10 @@ class RequestBook:
         self, request: Request, reason: generate_pb2.FinishReason, stop_token_id: int = 0
     ) -> None:
         """Ends a request well."""
-        self.outbox.add_end(
-            request.frontend,
-            engine_pb2.Ended(
-                handle=request.handle, finish_reason=reason, stop_token_id=stop_token_id
-            ),
+        ended = engine_pb2.Ended(
+            handle=request.handle, finish_reason=reason, stop_token_id=stop_token_id
         )
-        self._forget(request, _FINISHED_REASONS[reason])
+        self._end_well(request, ended, _FINISHED_REASONS[reason])
 
     def fail(
         self,
@@ -118,37 +188,37 @@ class RequestBook:
         retry_after_s: float = 0.0,
     ) -> None:
         """Ends a request in an error."""
-        self.outbox.add_end(
-            request.frontend, _error(request.handle, status, message, retry_after_s)
-        )
         self.metrics.requests_failed[status.name.lower()] += 1
-        self._remove(request)
+        self._end(request, _error(request.handle, status, message, retry_after_s), self._clock())
 
     def _admit(self, frontend: int, submit: engine_pb2.Submit) -> Request:
-        if self._batch is None or self._limits is None:
+        epoch = self._epoch
+        if epoch is None:
             raise Refused(
                 grpc.StatusCode.UNAVAILABLE,
                 "not_ready",
                 f"not ready: {self.cause}",
                 _RETRY_AFTER_S,
             )
-        if submit.request_id in self._by_name:
-            raise Refused(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                "duplicate_request_id",
-                f"request_id is {submit.request_id!r}; it must differ from those in flight",
-            )
-        request = read_submit(submit, frontend, self._num_seen, self._limits)
-        if len(self._batch.queue) >= self._max_queue_requests:
-            raise Refused(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                "queue_full",
-                f"the queue is full: {self._max_queue_requests} requests wait",
-                _RETRY_AFTER_S,
-            )
-        self._num_seen += 1
-        self._batch.enqueue(request)
+        self._check_name(frontend, submit)
+        request = read_submit(submit, frontend, epoch.limits)
+        epoch.control.check(request, self._clock())
+        request.order = self._precedence.take(request.order)
+        if submit.group not in (0, submit.handle):
+            request.leader = self._by_handle.get((frontend, submit.group))
+        epoch.batch.enqueue(request)
         return request
+
+    def _check_name(self, frontend: int, submit: engine_pb2.Submit) -> None:
+        """Only samples of one call share a name."""
+        call = (frontend, submit.group or submit.handle)
+        for other in self._by_name.get(submit.request_id, ()):
+            if (other.frontend, other.group) != call:
+                raise Refused(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    "duplicate_request_id",
+                    f"request_id is {submit.request_id!r}; it must differ from those in flight",
+                )
 
     def _end_if_resumed_at_end(self, request: Request) -> None:
         """A call that broke between its last token and its last message has nothing left to do."""
@@ -161,16 +231,44 @@ class RequestBook:
         elif len(resumed) >= request.max_tokens:
             self.finish(request, generate_pb2.FINISH_REASON_LENGTH)
 
-    def _forget(self, request: Request, reason: str) -> None:
-        self.metrics.request_success[reason] += 1
-        self.metrics.e2e_latency.observe([time.monotonic() - request.arrival_time])
-        self._remove(request)
+    def _end_late(self, request: Request) -> None:
+        self.fail(
+            request,
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            f"the deadline passed after {len(request.output_ids)} output tokens",
+        )
 
-    def _remove(self, request: Request) -> None:
-        assert self._batch is not None
-        self._batch.finish(request)
+    def _end_well(self, request: Request, ended: engine_pb2.Ended, reason: str) -> None:
+        now = self._clock()
+        self.metrics.request_success[reason] += 1
+        self.metrics.e2e_latency.observe_one(now - request.arrival_time)
+        self._end(request, ended, now)
+
+    def _end(self, request: Request, ended: engine_pb2.Ended, now: float) -> None:
+        """The one way out: tells the frontend and forgets the request."""
+        assert self._epoch is not None
+        batch = self._epoch.batch
+        ended.times.CopyFrom(self._epoch.keeper.ended(request, now))
+        self.outbox.add_end(request.frontend, ended)
+        if request.first_chunk_time:
+            self._epoch.control.predictor.observe_stay(now - request.first_chunk_time)
+        batch.queue.charge_output(request)
+        batch.finish(request)
+        self._clients.ended(request.frontend)
+        self._precedence.give_back(request.order)
         del self._by_handle[request.frontend, request.handle]
-        del self._by_name[request.request_id]
+        named = self._by_name[request.request_id]
+        named.remove(request)
+        if not named:
+            del self._by_name[request.request_id]
+
+    def _measure(self) -> None:
+        if self._epoch is None:
+            return
+        queue = self._epoch.batch.queue
+        self.metrics.queue_prompt_tokens = queue.num_prompt_tokens
+        self.metrics.num_tenants_waiting = queue.num_tenants
+        self.metrics.predicted_ttft = self._epoch.control.time_to_first_token()
 
 
 def _error(

@@ -31,6 +31,7 @@ def apply_result(
     Raises ProtocolBroken if the result does not fit what was sent.
     """
     entries = batch.resolve(result.command_id, result.step)
+    book.step_reported(result)
     token_ids = unpack_int32(result.token_ids)
     all_flags = result.flags
     if len(token_ids) != len(entries) or len(all_flags) != len(entries):
@@ -46,12 +47,14 @@ def apply_result(
         if request.state is RequestState.FINISHED:
             continue
         if token_id < 0 or flags & _FLAG_NOT_FINITE:
+            batch.distrust(request)
             _end_without_token(request, flags, result.step, book)
             continue
         if request.last_token_time:
             gaps.append(now - request.last_token_time)
         else:
             first_delays.append(now - request.arrival_time)
+            request.first_token_time = now
         request.last_token_time = now
         logprobs = alternatives.of(index, request) if alternatives else None
         book.take_token(request, token_id, bool(flags & _FLAG_STOP), logprobs)

@@ -7,6 +7,9 @@ most one prompt is partly prefilled at a time: a chunk either ends its prompt or
 Blocks are taken when positions need them, for upper bounds of the positions. When none is left the
 youngest sequence loses its place and is computed again later. The oldest always goes on, and since
 a request that could not fit alone is refused on arrival, it always can.
+
+Tokens that the prefix cache holds cost nothing of the token budget, and of the blocks only those
+that had no owner: they counted as free until somebody took them over.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +24,9 @@ from coordinator.tables import IntArray
 class Rows:
     """The decode batch, one entry a row; int64 `[num_rows]` each, read only.
 
-    `next_positions` are upper bounds. `orders` names the requests: smaller is older.
+    `next_positions` are upper bounds, below `final_limits`: rows whose every position is granted
+    have left. `orders` names the requests: smaller is older. Age is that of precedence.py
+    everywhere here, where urgency counts like an earlier arrival.
     """
 
     orders: IntArray
@@ -41,17 +46,31 @@ class Prefill:
 
 
 @dataclass(frozen=True)
+class Victim:
+    """A sequence with blocks, and how many become free if it leaves after all younger ones."""
+
+    order: int
+    num_freed: int
+
+
+@dataclass(frozen=True)
 class Waiting:
-    """A request in the queue; `is_ready` is False while results of a preempted one are awaited."""
+    """A request in the queue; `is_ready` is False while results of a preempted one are awaited.
+
+    `cached_blocks` hold its first tokens, fewer than `prefill_len`; those that nobody owns are in
+    `unowned_blocks` too.
+    """
 
     order: int
     prefill_len: int
     is_ready: bool = True
+    cached_blocks: Sequence[int] = ()
+    unowned_blocks: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What there is to give."""
+    """What there is to give; `num_steps` is the most that a command may grant."""
 
     num_free_blocks: int
     num_free_slots: int
@@ -63,27 +82,32 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens start..start+length-1 of a sequence, and how many blocks it needs before."""
+    """Tokens start..start+length-1 of a sequence, and how many new blocks it needs before.
+
+    An admission takes over `cached_blocks` and starts behind them.
+    """
 
     order: int
     start: int
     length: int
     num_new_blocks: int
     is_admission: bool = False
+    cached_blocks: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """What the next command does. Requests are named by their order.
 
-    Applied in the order of the fields; the counts add up only in that order.
+    The counts add up if the preempted leave first, then cached blocks are taken over, then new
+    blocks given.
     """
 
-    completed: list[int] = field(default_factory=list)  # rows whose every position is granted
     preempted: list[int] = field(default_factory=list)  # youngest first
     row_blocks: list[tuple[int, int]] = field(default_factory=list)  # (order, new blocks)
     chunks: list[Chunk] = field(default_factory=list)
     num_rows: int = 0
+    num_steps: int = 1
 
     @property
     def is_empty(self) -> bool:
@@ -92,37 +116,41 @@ class StepPlan:
 
 
 def plan_step(
-    rows: Rows, prefills: Sequence[Prefill], waiting: Iterable[Waiting], capacity: Capacity
+    rows: Rows,
+    prefills: Sequence[Prefill],
+    victims: Iterable[Victim],
+    waiting: Iterable[Waiting],
+    capacity: Capacity,
 ) -> StepPlan:
     """Decides the next command.
 
-    `prefills` and `waiting` are oldest first; `waiting` is read no further than needed. The caller
-    guarantees that any one request fits the cache alone and that rows fit the token budget.
+    `prefills` and `waiting` are oldest first, `victims` (all that hold blocks) youngest first; the
+    last two are read no further than needed. The caller guarantees that any one request fits the
+    cache alone and that rows fit the token budget.
     """
-    is_complete = rows.next_positions >= rows.final_limits
-    completed: list[int] = rows.orders[is_complete].tolist()
-    num_free = capacity.num_free_blocks + int(rows.num_blocks[is_complete].sum())
-    needs = _row_needs(rows, ~is_complete, capacity)
-    num_needed = sum(count for _, count in needs)
+    num_steps = _useful_steps(rows, capacity.num_steps)
+    needs = _row_needs(rows, num_steps, capacity.block_size)
+    num_free = capacity.num_free_blocks - sum(count for _, count in needs)
+    if num_free < 0 and num_steps > 1:  # nobody loses its place for steps granted ahead
+        num_steps = 1
+        needs = _row_needs(rows, num_steps, capacity.block_size)
+        num_free = capacity.num_free_blocks - sum(count for _, count in needs)
     preempted: list[int] = []
-    if num_needed <= num_free:
-        num_free -= num_needed
-    else:
-        active = _active_by_age(rows, ~is_complete, prefills)
-        needs, preempted, num_free = _share_blocks(needs, active, num_free)
+    if num_free < 0:
+        oldest = min([*rows.orders.tolist(), *(prefill.order for prefill in prefills)])
+        needs, preempted, num_free = _share_blocks(needs, victims, oldest, capacity.num_free_blocks)
     gone = set(preempted)
-    num_preempted_prefills = sum(prefill.order in gone for prefill in prefills)
-    num_rows = len(rows.orders) - len(completed) - (len(preempted) - num_preempted_prefills)
     going_on = [prefill for prefill in prefills if prefill.order not in gone]
+    num_rows = len(rows.orders) - (len(preempted) - (len(prefills) - len(going_on)))
     room = _Room(
         num_free,
-        capacity.num_free_slots + len(completed) + len(preempted),
+        capacity.num_free_slots + len(preempted),
         capacity.max_batch_tokens - num_rows,
     )
     chunks, all_end = _continue_prefills(going_on, room, capacity.block_size)
     if all_end and not preempted:
         chunks += _admit(waiting, num_rows + len(going_on), room, capacity)
-    return StepPlan(completed, preempted, needs, chunks, num_rows)
+    return StepPlan(preempted, needs, chunks, num_rows, num_steps)
 
 
 @dataclass
@@ -132,6 +160,7 @@ class _Room:
     num_free_blocks: int
     num_free_slots: int
     token_budget: int
+    claimed: set[int] = field(default_factory=set)  # cached blocks that are free no more
 
     def admits(self) -> bool:
         """A further request may get a slot and a token."""
@@ -143,44 +172,48 @@ class _Room:
         self.token_budget -= chunk.length
         self.num_free_slots -= chunk.is_admission
 
+    def claim(self, block_ids: Sequence[int]) -> None:
+        """Cached blocks without an owner get one."""
+        self.claimed.update(block_ids)
+        self.num_free_blocks -= len(block_ids)
 
-def _row_needs(rows: Rows, is_alive: np.ndarray, capacity: Capacity) -> list[tuple[int, int]]:
+
+def _useful_steps(rows: Rows, most: int) -> int:
+    """Steps that some row has a position for, at least 1."""
+    if most == 1 or not len(rows.orders):
+        return 1
+    return max(1, min(most, int((rows.final_limits - rows.next_positions).max())))
+
+
+def _row_needs(rows: Rows, num_steps: int, block_size: int) -> list[tuple[int, int]]:
     """(order, blocks missing for the granted positions) of the rows that lack some, by age."""
-    ends = np.minimum(rows.next_positions + capacity.num_steps, rows.final_limits)
-    missing = -(-ends // capacity.block_size) - rows.num_blocks
-    lacking = np.flatnonzero((missing > 0) & is_alive)
+    ends = np.minimum(rows.next_positions + num_steps, rows.final_limits)
+    missing = -(-ends // block_size) - rows.num_blocks
+    lacking = np.flatnonzero(missing > 0)
     by_age = lacking[np.argsort(rows.orders[lacking])]
     return list(zip(rows.orders[by_age].tolist(), missing[by_age].tolist(), strict=True))
 
 
-def _active_by_age(
-    rows: Rows, is_alive: np.ndarray, prefills: Sequence[Prefill]
-) -> list[tuple[int, int]]:
-    """(order, blocks held) of all that hold blocks, oldest first."""
-    held = zip(rows.orders[is_alive].tolist(), rows.num_blocks[is_alive].tolist(), strict=True)
-    return sorted([*held, *((prefill.order, prefill.num_blocks) for prefill in prefills)])
-
-
 def _share_blocks(
-    needs: list[tuple[int, int]], active: list[tuple[int, int]], num_free: int
+    needs: list[tuple[int, int]], victims: Iterable[Victim], oldest: int, num_free: int
 ) -> tuple[list[tuple[int, int]], list[int], int]:
     """Serves needs from the oldest on, taking the place of the youngest when blocks run out.
 
     Returns (granted needs, preempted, blocks left). A sequence never takes the place of an older
     one: it gives up its own instead.
     """
-    oldest = active[0][0]
+    youngest_first = iter(victims)
     granted: list[tuple[int, int]] = []
     preempted: list[int] = []
     for order, count in needs:
         if order in preempted:
             continue
         while num_free < count:
-            victim, num_held = active.pop()
-            assert victim != oldest, "a request that does not fit alone was admitted"
-            preempted.append(victim)
-            num_free += num_held
-            if victim == order:
+            victim = next(youngest_first)
+            assert victim.order != oldest, "a request that does not fit alone was admitted"
+            preempted.append(victim.order)
+            num_free += victim.num_freed
+            if victim.order == order:
                 break
         else:
             granted.append((order, count))
@@ -216,13 +249,26 @@ def _admit(
     for request in waiting:
         # The whole prompt must have room, though blocks are taken chunk by chunk: a prompt that
         # begins without would be preempted half-way by the rows it runs beside.
-        num_needed = -(-request.prefill_len // capacity.block_size)
+        num_cached = len(request.cached_blocks)
+        claims = [block for block in request.unowned_blocks if block not in room.claimed]
+        num_needed = -(-request.prefill_len // capacity.block_size) - num_cached + len(claims)
         reserve = capacity.watermark_blocks if num_active or chunks else 0
         if not request.is_ready or num_needed + reserve > room.num_free_blocks:
             break
-        length = min(request.prefill_len, room.token_budget)
-        num_new = -(-length // capacity.block_size)
-        chunks.append(Chunk(request.order, 0, length, num_new, is_admission=True))
+        start = num_cached * capacity.block_size
+        length = min(request.prefill_len - start, room.token_budget)
+        num_new = -(-(start + length) // capacity.block_size) - num_cached
+        chunks.append(
+            Chunk(
+                request.order,
+                start,
+                length,
+                num_new,
+                is_admission=True,
+                cached_blocks=request.cached_blocks,
+            )
+        )
+        room.claim(claims)
         room.take(chunks[-1])
         if not room.admits():
             break

@@ -49,6 +49,15 @@ class Group:
     num_blocks: int
     max_model_len: int
     vocab_size: int
+    engine_config: worker_pb2.EngineConfig
+
+
+@dataclass(frozen=True)
+class RecordedGroup:
+    """What a step log wants to find again. `comm` of the config may be "auto"."""
+
+    engine_config: worker_pb2.EngineConfig
+    num_blocks: int
 
 
 class Startup:
@@ -63,7 +72,10 @@ class Startup:
         model_digest: str,
         observer: PhaseObserver,
         is_restart: bool = False,
+        recorded: RecordedGroup | None = None,
     ) -> None:
+        """With `recorded`, that decides instead of `config` and of what fits."""
+        self._recorded = recorded
         self._is_restart = is_restart
         self._workers = workers
         self._epoch = epoch
@@ -104,7 +116,7 @@ class Startup:
             worker_pb2.CaptureResponse,
         )
         agreed("padded_sizes", [tuple(capture.padded_sizes) for capture in captures])
-        num_blocks = min(capture.max_block_count for capture in captures)
+        num_blocks = self._num_blocks(captures)
         max_model_len = served_max_model_len(self._config, self._model, num_blocks)
         await self._phase(
             "init_kv_cache",
@@ -112,7 +124,9 @@ class Startup:
             worker_pb2.InitKvCacheRequest(epoch=self._epoch, block_count=num_blocks),
             worker_pb2.InitKvCacheResponse,
         )
-        return Group(self._epoch, hellos, loads, num_blocks, max_model_len, vocab_size)
+        return Group(
+            self._epoch, hellos, loads, num_blocks, max_model_len, vocab_size, engine_config
+        )
 
     async def _hello_all(self) -> list[worker_pb2.HelloResponse]:
         return await gather_ranks([self._hello(worker) for worker in self._workers])
@@ -148,6 +162,11 @@ class Startup:
 
     def _engine_config(self, hellos: Sequence[worker_pb2.HelloResponse]) -> worker_pb2.EngineConfig:
         config = self._config
+        if self._recorded is not None:
+            wanted = worker_pb2.EngineConfig()
+            wanted.CopyFrom(self._recorded.engine_config)
+            wanted.comm = choose_comm(hellos, wanted.comm)
+            return wanted
         dtype = self._model.dtype if config.dtype == "auto" else config.dtype
         return worker_pb2.EngineConfig(
             dtype=dtype,
@@ -161,6 +180,20 @@ class Startup:
             kv_cache_bytes=config.kv_cache_bytes,
             use_graphs=config.use_graphs,
         )
+
+    def _num_blocks(self, captures: Sequence[worker_pb2.CaptureResponse]) -> int:
+        fitting = [capture.max_block_count for capture in captures]
+        if self._recorded is None:
+            return min(fitting)
+        wanted = self._recorded.num_blocks
+        if wanted > min(fitting):
+            rank = fitting.index(min(fitting))
+            raise StartRefused(
+                ExitCode.CONFIG,
+                f"the log was recorded with {wanted} KV blocks; rank {rank} has room for "
+                f"{fitting[rank]}",
+            )
+        return wanted
 
     async def _join(self) -> None:
         made = await self._call_rank(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from coordinator.request import Request
 from protos.lockstep.v1 import worker_pb2
@@ -24,18 +25,17 @@ class DeltaBuilder:
 
     def append_blocks(self, request: Request, block_ids: Sequence[int], block_size: int) -> None:
         """Gives a sequence more blocks and raises its limit to what they cover."""
-        first = len(request.block_ids)
-        request.block_ids += block_ids
-        request.limit = min(len(request.block_ids) * block_size, request.final_limit)
-        self.block_appends += [
-            (request.slot, first + index, block_id) for index, block_id in enumerate(block_ids)
-        ]
-        self.limits.append((request.slot, request.limit))
+        slot, held = request.slot, request.block_ids
+        for block_id in block_ids:
+            self.block_appends.append((slot, len(held), block_id))
+            held.append(block_id)
+        request.limit = min(len(held) * block_size, request.final_limit)
+        self.limits.append((slot, request.limit))
 
     def open(self, request: Request, block_ids: Sequence[int], block_size: int) -> None:
-        """Describes a sequence that has just got its slot."""
+        """Describes a sequence that has just got its slot, and perhaps cached blocks."""
         request.block_ids += block_ids
-        request.limit = min(len(block_ids) * block_size, request.final_limit)
+        request.limit = min(len(request.block_ids) * block_size, request.final_limit)
         self.opened.append(request)
 
     def add_chunk(self, request: Request, start: int, length: int) -> None:
@@ -50,7 +50,7 @@ class DeltaBuilder:
         """The serialised TableDelta."""
         return worker_pb2.TableDelta(
             closed_slots=pack_int32(closed_slots),
-            opened_slots=[_slot_open(request) for request in self.opened],
+            opened_slots=[slot_open(request) for request in self.opened],
             block_appends=pack_int32(self.block_appends),
             limits=pack_int32(self.limits),
             row_changes=pack_int32(row_changes),
@@ -58,30 +58,6 @@ class DeltaBuilder:
             chunks=pack_int32(self.chunks),
             chunk_token_ids=b"".join(self.chunk_token_ids),
         ).SerializeToString()
-
-
-@dataclass(frozen=True)
-class SentStep:
-    """What a command granted, kept until its results have come.
-
-    `entries` are the requests of the first step's results in their order: rows, then final chunks;
-    further steps have the rows alone.
-    """
-
-    command_id: int
-    first_step: int
-    num_steps: int
-    rows: Sequence[Request]
-    final_chunks: Sequence[Request]
-
-    @property
-    def last_step(self) -> int:
-        """Of a heartbeat: the step before it."""
-        return self.first_step + self.num_steps - 1
-
-    def entries(self, step: int) -> Sequence[Request]:
-        """The requests that have an entry in the result of `step`, in order."""
-        return [*self.rows, *self.final_chunks] if step == self.first_step else self.rows
 
 
 class CommandEncoder:
@@ -111,7 +87,9 @@ class CommandEncoder:
         return worker_pb2.ExecuteRequest(command=command).SerializeToString()
 
 
-def pack_int32(numbers: Sequence[int] | Sequence[tuple[int, ...]]) -> bytes:
+def pack_int32(
+    numbers: Sequence[int] | Sequence[tuple[int, ...]] | npt.NDArray[np.int32],
+) -> bytes:
     """Little-endian int32 without framing; tuples one after another."""
     return np.array(numbers, dtype="<i4").tobytes() if len(numbers) else b""
 
@@ -122,8 +100,10 @@ def unpack_int32(packed: bytes) -> list[int]:
     return unpacked
 
 
-def _slot_open(request: Request) -> worker_pb2.SlotOpen:
+def slot_open(request: Request) -> worker_pb2.SlotOpen:
+    """A sequence as workers need to know it, with the blocks and the limit that it has now."""
     sampling = request.sampling
+    cached = request.tokens_from(0, request.cached_len) if sampling.counts_tokens else ()
     return worker_pb2.SlotOpen(
         slot=request.slot,
         prompt_len=request.prompt_len,
@@ -141,4 +121,6 @@ def _slot_open(request: Request) -> worker_pb2.SlotOpen:
         min_tokens=sampling.min_tokens,
         stop_ids=pack_int32(sampling.stop_ids),
         logprob_count=sampling.num_logprobs,
+        cached_len=request.cached_len,
+        cached_token_ids=pack_int32(cached),
     )

@@ -1,27 +1,26 @@
 """Keeps the ranks busy: plans ahead of the results, sends, and applies what comes back.
 
-A command costs a round trip, so the next ones are sent before the last is reported: at least two
-steps and about four milliseconds of work are outstanding. What arrives meanwhile - a request, an
-abort, a stop text - takes effect after the outstanding work.
+A command costs a round trip, so the next ones are sent before the last is reported (`pacing.py`).
+What arrives meanwhile - a request, an abort, a stop text - takes effect after the outstanding work.
 """
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
 
+from coordinator.arrival_skew import ArrivalSkew
 from coordinator.batch import Batch
 from coordinator.errors import ProtocolBroken, RankLost
 from coordinator.metrics import EngineMetrics
+from coordinator.pacing import Pacing
 from coordinator.progress_watch import ProgressWatch
 from coordinator.request_book import RequestBook
 from coordinator.results import apply_result
+from coordinator.step_log import StepLog
+from coordinator.step_snapshot import snapshot_tables
+from coordinator.worker_group import loss_by_failure
 from protos.lockstep.v1 import worker_pb2
 
-_MIN_AHEAD = 2
-_MAX_AHEAD = 8
-_AHEAD_S = 0.004
-_STEP_TIME_WEIGHT = 0.1  # of the newest step in the moving average
 _TABLE_DIGEST_PERIOD_S = 1.0
 _HEARTBEAT_IDLE_S = 1.0
 _TICK_S = 0.05
@@ -39,27 +38,27 @@ class StepLoop:
         batch: Batch,
         book: RequestBook,
         watch: ProgressWatch,
+        skew: ArrivalSkew,
         metrics: EngineMetrics,
         send: Callable[[bytes], None],
         flush: Callable[[], None],
         step_timeout_s: float,
+        step_log: StepLog | None = None,
     ) -> None:
+        self._log = step_log
         self._batch = batch
         self._book = book
         self._watch = watch
+        self._skew = skew
+        self._pacing = Pacing()
         self._metrics = metrics
         self._send = send
         self._flush = flush
         self._wakeup = asyncio.Event()
         self._heartbeat_idle_s = min(_HEARTBEAT_IDLE_S, step_timeout_s / 4)
-        self._step_s = _AHEAD_S
         self._last_sent_at = time.monotonic()
         self._last_digest_at = 0.0
-
-    @property
-    def num_ahead(self) -> int:
-        """Commands to keep outstanding at the present step time."""
-        return min(max(_MIN_AHEAD, math.ceil(_AHEAD_S / self._step_s)), _MAX_AHEAD)
+        self._last_audited_step = 0
 
     def wake(self) -> None:
         """Something may have become plannable; planning follows when the event loop is back."""
@@ -78,17 +77,22 @@ class StepLoop:
             await asyncio.sleep(_TICK_S)
             now = time.monotonic()
             self._watch.check(now)
+            if self._book.tick(now):
+                self.wake()
             idle_s = now - self._last_sent_at
             if not self._batch.num_unreported and idle_s >= self._heartbeat_idle_s:
                 self._send_heartbeat(now)
 
     def take_report(self, rank: int, response: worker_pb2.ExecuteResponse) -> None:
         """Applies a report of a rank; raises RankLost if it is a failure or makes no sense."""
+        if self._log is not None:
+            self._log.received(rank, response)
         kind = response.WhichOneof("report")
         if kind == "result" and rank == 0:
             self._take_result(response.result)
         elif kind == "progress":
             progress = response.progress
+            self._note_clocks(rank, progress)
             self._watch.reported(
                 rank,
                 progress.command_id,
@@ -97,50 +101,73 @@ class StepLoop:
                 time.monotonic(),
             )
         elif kind == "failure":
-            failure = response.failure
-            verb = "refused" if failure.is_refusal else "failed in"
-            raise RankLost(
-                rank,
-                failure.step or self._watch.last_step(rank) + 1,
-                f"{verb} command {failure.command_id}: {failure.message}",
-            )
+            raise loss_by_failure(rank, response.failure, self._watch.last_step(rank))
         else:
             raise RankLost(rank, self._watch.last_step(rank) + 1, f"sent an unasked {kind} report")
 
     def _take_result(self, result: worker_pb2.StepResult) -> None:
         now = time.monotonic()
+        self._pacing.observe(result.step_micros, self._batch.outstanding.is_mixed_step_next)
         try:
             apply_result(result, self._batch, self._book, self._metrics, now)
         except ProtocolBroken as error:
             raise RankLost(0, result.step, str(error)) from error
         self._watch.reported(0, result.command_id, result.step, result.all_reduce_count, now)
-        step_s = max(result.step_micros, 1) / 1e6
-        self._step_s += _STEP_TIME_WEIGHT * (step_s - self._step_s)
+        self._note_clocks(0, result)
         self._pump()
+
+    def _note_clocks(
+        self, rank: int, report: worker_pb2.StepResult | worker_pb2.RankProgress
+    ) -> None:
+        self._skew.arrived(rank, report.command_id, report.arrival_micros)
+        self._metrics.worker_idle_seconds[rank] = report.idle_micros / 1e6
 
     def _pump(self) -> None:
         """Sends commands until enough is outstanding, then tells the frontends the news."""
         batch = self._batch
-        while batch.num_unreported < self.num_ahead:
+        is_log_due = self._turn_log()
+        max_steps = self._pacing.steps_per_grant
+        while not is_log_due and self._pacing.wants_more(batch.outstanding, max_steps):
             now = time.monotonic()
             with_digest = now - self._last_digest_at >= _TABLE_DIGEST_PERIOD_S
-            command = batch.next_command(with_digest)
+            command = batch.next_command(with_digest, max_steps)
             if command is None:
                 break
             if with_digest:
                 self._last_digest_at = now
             self._sent(command, now)
         self._metrics.num_requests_running = batch.num_running
-        self._metrics.num_requests_waiting = len(batch.queue)
+        self._metrics.num_requests_waiting = batch.num_waiting
         self._metrics.kv_cache_usage = batch.kv_usage
         self._metrics.preemptions += batch.take_num_preemptions()
+        num_queries, num_hits = batch.prefix_cache.take_counts()
+        self._metrics.prefix_cache_queries += num_queries
+        self._metrics.prefix_cache_hits += num_hits
         self._flush()
 
+    def _turn_log(self) -> bool:
+        """Whether to grant nothing: a segment of the step log is due and begins when nothing is
+        outstanding any more."""
+        if self._log is None or not self._log.is_due:
+            return False
+        if not self._batch.num_unreported:
+            self._send_heartbeat(time.monotonic())
+        return self._log.is_due
+
     def _send_heartbeat(self, now: float) -> None:
-        self._batch.check()
+        """Tells the ranks what has changed, grants nothing; the step log goes on from there."""
+        if self._last_audited_step != self._batch.last_step:
+            self._batch.check()
+            self._last_audited_step = self._batch.last_step
         self._sent(self._batch.heartbeat_command(), now)
+        if self._log is not None and self._log.is_due:
+            self._batch.allocator.forget_kept()
+            self._log.begin_segment(snapshot_tables(self._batch))
 
     def _sent(self, command: bytes, now: float) -> None:
         self._send(command)
+        self._book.command_sent(now)
+        if self._log is not None:
+            self._log.sent(command, self._batch.last_command_id)
         self._last_sent_at = now
         self._watch.sent(self._batch.last_command_id, self._batch.last_step, now)

@@ -72,6 +72,11 @@ class RowTable:
         self._touched.add(last_row)
         request.row = -1
 
+    def completed(self) -> list[Request]:
+        """The rows whose every position has been granted."""
+        is_complete = self.next_positions >= self.final_limits
+        return [self.requests[row] for row in np.flatnonzero(is_complete)]
+
     def advance(self, num_steps: int) -> None:
         """Raises the upper bounds after that many steps have been granted."""
         advanced = self.next_positions + num_steps

@@ -114,6 +114,16 @@ class _StepStream:
         raise RankLost(self._rank, 0, problem)
 
 
+def loss_by_failure(rank: int, failure: worker_pb2.RankFailure, last_step: int) -> RankLost:
+    """What a rank's failure means; `last_step` is the last step that it has reported."""
+    verb = "refused" if failure.is_refusal else "failed in"
+    return RankLost(
+        rank,
+        failure.step or last_step + 1,
+        f"{verb} command {failure.command_id}: {failure.message}",
+    )
+
+
 def _describe_end(status: grpc.StatusCode, details: str | None) -> str:
     # A write that meets a stream which its server has just ended replaces the server's status by
     # this one (grpc/grpc#36066); the rank's own words come with its answer to Quiesce.

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from lockstep.client import Client, chat_request
 from lockstep.errors import CallFailed
 from lockstep.generate import add_address_flag, stream_text
-from lockstep.sampling_flags import add_sampling_flags, sampling_params
+from lockstep.sampling_flags import (
+    add_request_flags,
+    add_sampling_flags,
+    sampling_params,
+    set_request_fields,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,7 +25,9 @@ def main(argv: Sequence[str]) -> int:
             if not question.strip():
                 continue
             messages.append({"role": "user", "content": question})
-            generation = client.generate(chat_request(messages, **params), options.timeout)
+            request = chat_request(messages, **params)
+            set_request_fields(request, options)
+            generation = client.generate(request, options.timeout)
             try:
                 answer = stream_text(generation)
             except CallFailed as error:
@@ -52,4 +59,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--timeout", type=float, metavar="S", help="limit for an answer, seconds")
     add_sampling_flags(parser)
+    add_request_flags(parser)
     return parser

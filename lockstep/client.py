@@ -18,21 +18,26 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
 )
+_TIMES_PREFIX = "lockstep-"
 _INFO_TIMEOUT_S = 30.0
 # How gRPC's own words begin when nobody is there; a server's own may quote them further on.
-_NO_CONNECTION = ("failed to connect", "DNS resolution failed")
+_NO_CONNECTION = ("failed to connect", "DNS resolution failed", "errors resolving")
 
 
 class Generation:
     """One streaming call: iterate it for its deltas. For one thread, save `cancel`.
 
-    `started` is there with the first delta, `finished` after the last.
+    `started` is there with the first delta; `finished` (of sample 0) and `finished_samples` (of
+    each, by index) are complete after the last, and so is `times`: what the server says of where
+    the time went, by key ("lockstep-queue-ms", ...), also after an error.
     """
 
     def __init__(self, call: Any) -> None:
         self._call = call
         self.started: generate_pb2.Started | None = None
         self.finished: generate_pb2.Finished | None = None
+        self.finished_samples: dict[int, generate_pb2.Finished] = {}
+        self.times: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[generate_pb2.Delta]:
         try:
@@ -43,9 +48,17 @@ class Generation:
                     case "delta":
                         yield event.delta
                     case "finished":
-                        self.finished = event.finished
+                        self.finished_samples[event.finished.sample_index] = event.finished
+            self.finished = self.finished_samples.get(0)
         except grpc.RpcError as error:
             raise _call_failed(error) from None
+        finally:
+            self._note_times()
+
+    def _note_times(self) -> None:
+        if self._call.done():
+            metadata = self._call.trailing_metadata() or ()
+            self.times = {k: v for k, v in metadata if k.startswith(_TIMES_PREFIX)}
 
     def cancel(self) -> None:
         """Drops the call, which cancels the request. Any thread."""

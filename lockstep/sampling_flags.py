@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from protos.lockstep.v1 import generate_pb2
+
 _NUMBERS = {
     "temperature": float,
     "top-p": float,
@@ -33,3 +35,21 @@ def sampling_params(options: argparse.Namespace) -> dict[str, Any]:
     names = [*(name.replace("-", "_") for name in _NUMBERS), "stop"]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return given | ({"ignore_eos": True} if options.ignore_eos else {})
+
+
+def add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --priority, --tenant and --no-prefix-cache."""
+    group = parser.add_argument_group("under load")
+    group.add_argument("--priority", type=int, metavar="N", help="lower goes first (default: 0)")
+    group.add_argument("--tenant", metavar="NAME", help="tenants get equal shares")
+    group.add_argument("--no-prefix-cache", action="store_true", help="compute the whole prompt")
+
+
+def set_request_fields(request: generate_pb2.GenerateRequest, options: argparse.Namespace) -> None:
+    """Sets those that were given."""
+    if options.priority is not None:
+        request.priority = options.priority
+    if options.tenant is not None:
+        request.tenant = options.tenant
+    if options.no_prefix_cache:
+        request.use_prefix_cache = False

@@ -4,7 +4,7 @@ import os
 import site
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,9 @@ from lockstep.ready_record import ReadyRecord
 from lockstep.supervisor import GroupSpec, Supervisor
 
 _MAX_RANKS = 64
+_MAX_PORT = 65535
+# From the coordinator's metrics port to that of rank 0: 9851 and 9860.
+_WORKER_METRICS_OFFSET = 9
 # What a coordinator needs beside its drain time, to tell ranks and frontends.
 _STOP_MARGIN_S = 15.0
 
@@ -44,25 +47,26 @@ COORDINATOR_FLAGS = (
     Flag("gpu-memory-fraction", str, None, "share of GPU memory to use (default: 0.9)"),
     Flag("load-format", str, None, "safetensors, or dummy weights (default: safetensors)"),
     Flag("comm", str, None, "auto, nccl, shm or gloo (default: auto)"),
-    Flag("prefix-cache", str, None, "on is refused: not in this version (default: off)"),
+    Flag("prefix-cache", str, None, "requests share KV blocks of equal prefixes (default: on)"),
     Flag("use-graphs", str, None, "on or off: capture steps as CUDA graphs (default: on)"),
     Flag("step-timeout", str, None, "seconds after which a silent rank is lost (default: 30)"),
     Flag("startup-timeout", str, None, "seconds for the ranks to come up (default: 600)"),
     Flag("max-queue-requests", str, None, "most requests that wait (default: 1024)"),
+    Flag("max-queue-prompt-tokens", str, None, "most prompt tokens that wait (default: 1048576)"),
+    Flag("step-log", str, None, "file to log step commands and results to, for lockstep replay"),
+    Flag("step-log-bytes", str, None, "most bytes of the step log's files (default: 268435456)"),
     Flag("num-frontends", str, None, "processes that serve the public API (default: 1)"),
+    Flag("slow-client-seconds", str, None, "seconds that unread output is kept (default: 30)"),
     Flag("host", str, None, "address to serve on (default: 127.0.0.1)"),
 )
-_OWN_FLAGS = (
+OWN_FLAGS = (
     Flag("model", str, None, "checkpoint folder or hub id (owner/name)"),
     Flag("tp", positive_int, 1, "ranks that share the model"),
     Flag("devices", str, None, "cpu, or GPU numbers like 0,1; default: GPUs if there are any"),
     Flag("num-threads", positive_int, None, "CPU threads of a rank; default: its share of cores"),
     Flag("port", tcp_port, 50051, "gRPC port; 0: any"),
     Flag("metrics-host", str, "127.0.0.1", "address to serve metrics on"),
-    Flag("metrics-port", tcp_port, 9851, "the coordinator's Prometheus port; 0: any"),
-    Flag(
-        "worker-metrics-port", tcp_port, 0, "rank 0's Prometheus port, rank r's is r above; 0: any"
-    ),
+    Flag("metrics-port", tcp_port, 9851, "Prometheus port, + 9 + r that of rank r; 0: any"),
     Flag("drain-seconds", float_between(0.0, 86400.0), 30.0, "seconds requests get on SIGTERM"),
     Flag("nccl-path", str, None, "libnccl.so.2 to load instead of the one found"),
     Flag("restart", on_off, True, "off: a lost rank ends everything, with exit code 6"),
@@ -82,7 +86,6 @@ class ServeConfig:
     port: int
     metrics_host: str
     metrics_port: int
-    worker_metrics_port: int
     drain_seconds: float
     nccl_path: str | None
     restart: bool
@@ -94,6 +97,10 @@ class ServeConfig:
     def num_ranks(self) -> int:
         """Workers, one a rank."""
         return len(self.devices)
+
+    def worker_metrics_port(self, rank: int) -> int:
+        """Where that rank tells its metrics; 0: any port."""
+        return self.metrics_port + _WORKER_METRICS_OFFSET + rank if self.metrics_port else 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -108,9 +115,17 @@ def main(argv: Sequence[str]) -> int:
     except HubError as error:
         return _refuse(error, ExitCode.CHECKPOINT)
 
+    return run_group(config, group_spec(config, model_dir, os.environ), started, _report)
+
+
+def run_group(
+    config: ServeConfig, group: GroupSpec, started: float, report: Callable[[str], None]
+) -> int:
+    """Supervises `group` until it ends; returns the exit code. `started` is CLOCK_MONOTONIC."""
+
     def announce(record: ReadyRecord) -> None:
         seconds = time.monotonic() - started
-        _report(f"ready: {config.model} at {record.grpc}, {_ranks(config)}, after {seconds:.1f} s")
+        report(f"ready: {config.model} at {record.grpc}, {_ranks(config)}, after {seconds:.1f} s")
         if config.ready_file is not None:
             write_ready_file(
                 config.ready_file,
@@ -120,10 +135,9 @@ def main(argv: Sequence[str]) -> int:
                 metrics=record.metrics,
             )
 
-    group = group_spec(config, model_dir, os.environ)
     try:
         with supervised_processes() as processes:
-            return Supervisor(group, processes, _report, announce).run()
+            return Supervisor(group, processes, report, announce).run()
     finally:
         if config.ready_file is not None:
             config.ready_file.unlink(missing_ok=True)
@@ -131,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
 
 def serve_config(argv: Sequence[str], environ: Mapping[str, str]) -> ServeConfig:
     """Reads the settings and looks at the host. Raises FlagError, ConfigError."""
-    flags = (*_OWN_FLAGS, *COORDINATOR_FLAGS)
+    flags = (*OWN_FLAGS, *COORDINATOR_FLAGS)
     values = parse_flags("lockstep serve", flags, argv, environ, _ELSEWHERE)
     if not values["model"]:
         raise FlagError("--model is missing; it wants a checkpoint folder or a hub id")
@@ -149,9 +163,16 @@ def serve_config(argv: Sequence[str], environ: Mapping[str, str]) -> ServeConfig
             passed_on += [f"--{flag.name}", value]
     if Path(values["model"]).is_dir() is False and "--served-model-name" not in passed_on:
         passed_on += ["--served-model-name", values["model"]]
-    return ServeConfig(
+    config = ServeConfig(
         devices=devices, num_threads=num_threads, passed_on=tuple(passed_on), **values
     )
+    last_port = config.worker_metrics_port(num_ranks - 1)
+    if last_port > _MAX_PORT:
+        raise ConfigError(
+            f"--metrics-port is {config.metrics_port}; with it rank {num_ranks - 1} would tell its "
+            f"metrics on port {last_port}, and the highest port is {_MAX_PORT}"
+        )
+    return config
 
 
 def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str]) -> GroupSpec:
@@ -186,8 +207,8 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
         worker_command=worker_command,
         coordinator_command=coordinator_command,
         coordinator_ports=(config.port, config.metrics_port),
-        worker_metrics_port=config.worker_metrics_port,
         environ=daemon_environ(environ),
+        worker_metrics_port=config.worker_metrics_port,
         restarts=config.restart,
         drain_timeout_s=config.drain_seconds + _STOP_MARGIN_S,
     )
@@ -204,7 +225,7 @@ def daemon_environ(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def python_module(name: str) -> list[str]:
-    """How a daemon is started: by this interpreter, as a module."""
+    """The command that runs one of our packages."""
     # -P: a folder called `worker` where the user happens to stand is not ours.
     return [sys.executable, "-P", "-m", name]
 

@@ -28,11 +28,12 @@ _IDLE_POLL_S = 60.0
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """What to run. Commands are argument lists; ports are 0 until a first start has chosen them.
+    """What to run. Commands are argument lists; a port of 0 is chosen by the first start.
 
-    worker_command(rank, port, metrics_port, ready_file)
+    worker_command(rank, port, metrics_port, ready_file); the first ports of a rank are 0 and
+    `worker_metrics_port(rank)`
     coordinator_command(worker_addresses, port, metrics_port, ready_file); its first ports are
-    `coordinator_ports`, (gRPC, metrics); rank r's first metrics port is `worker_metrics_port` + r.
+    `coordinator_ports`, (gRPC, metrics).
     """
 
     num_ranks: int
@@ -40,7 +41,7 @@ class GroupSpec:
     coordinator_command: Callable[[Sequence[str], int, int, str], Sequence[str]]
     coordinator_ports: tuple[int, int]
     environ: Mapping[str, str]
-    worker_metrics_port: int = 0
+    worker_metrics_port: Callable[[int], int] = lambda rank: 0
     restarts: bool = True
     worker_start_timeout_s: float = 300.0
     drain_timeout_s: float = 45.0
@@ -139,8 +140,11 @@ class Supervisor:
         name = f"worker {rank}"
         known = self._records.get(name)
         pending = self._expect_ready(name)
-        base = self._group.worker_metrics_port
-        ports = (known.port, known.metrics_port) if known else (0, base and base + rank)
+        ports = (
+            (known.port, known.metrics_port)
+            if known
+            else (0, self._group.worker_metrics_port(rank))
+        )
         command = self._group.worker_command(rank, *ports, str(pending.path))
         self._processes.start(name, command, self._group.environ)
 
@@ -167,6 +171,7 @@ class Supervisor:
             case SignalReceived():
                 raise _Stop
             case ChildExited(name=name) if name == COORDINATOR:
+                self._collect_ready()  # it may have been ready just before it ended
                 return event
             case ChildExited():
                 self._restart_worker(event)

@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from lockstep.demo_model import demo_model_dir
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("lockstep", deadline=None)
+settings.load_profile("lockstep")
 
 
 @pytest.fixture(scope="session")

@@ -7,15 +7,26 @@ argument; `all_gather` writes `out`, which may not overlap its input. Tensors ar
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import functools
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 REDUCIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64)
 DEFAULT_STAGING_BYTES = 4 << 20
+
+
+class _Measured(Protocol):
+    stats: CommStats
+
+
+S = TypeVar("S", bound=_Measured)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class ReduceOp(enum.IntEnum):
@@ -39,13 +50,19 @@ class OpStats:
 class CommStats:
     """Counts since the communicator was made. Replays of a captured graph are not seen here.
 
-    Written by the thread that issues collectives; other threads may read slightly old figures.
+    `seconds` is the time spent in them, waiting for peers included; None where the backend does
+    not measure it, as on GPUs. Written by the thread that issues collectives; other threads may
+    read slightly old figures.
     """
 
     all_reduce: OpStats = field(default_factory=OpStats)
     all_gather: OpStats = field(default_factory=OpStats)
     broadcast: OpStats = field(default_factory=OpStats)
     barrier: OpStats = field(default_factory=OpStats)
+    seconds: float | None = None
+
+    def add_seconds(self, seconds: float) -> None:
+        self.seconds = (self.seconds or 0.0) + seconds
 
 
 class Communicator(Protocol):
@@ -95,6 +112,20 @@ class Communicator(Protocol):
     def close(self) -> None:
         """Release everything; a collective unless the communicator has failed. Idempotent."""
         ...
+
+
+def timed(collective: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Adds the time of a method that blocks until its result is there to `stats.seconds`."""
+
+    @functools.wraps(collective)
+    def measured(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        begun = time.perf_counter()
+        try:
+            return collective(self, *args, **kwargs)
+        finally:
+            self.stats.add_seconds(time.perf_counter() - begun)
+
+    return measured
 
 
 def check_layout(tensor: Tensor, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from tpcomm.communicator import (
     check_root,
     describe_ranks,
     gather_output,
+    timed,
 )
 from tpcomm.errors import CommAborted, CommError, CommTimeout
 from tpcomm.paths import CommPath
@@ -49,7 +50,7 @@ class ShmCommunicator:
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.stats = CommStats()
+        self.stats = CommStats(seconds=0.0)
         self._timeout_s = timeout_s
         self._segment = ShmSegment(name, rank, world_size, timeout_s, staging_bytes)
         self._words = self._segment.words
@@ -63,6 +64,7 @@ class ShmCommunicator:
         self._spin_polls = _SPIN_POLLS if fits else 1
         self.barrier(timeout_s)
 
+    @timed
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
         check_layout(tensor, _CPU)
         check_reducible(tensor)
@@ -75,6 +77,7 @@ class ShmCommunicator:
             self._reduce_chunk(chunk, op)
         return tensor
 
+    @timed
     def all_gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         check_layout(tensor, _CPU)
         out = gather_output(tensor, out, self.world_size)
@@ -90,6 +93,7 @@ class ShmCommunicator:
                 row[begin : begin + step].copy_(slot)
         return out
 
+    @timed
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         check_layout(tensor, _CPU)
         check_root(root, self.world_size)
@@ -104,6 +108,7 @@ class ShmCommunicator:
             chunk.copy_(slots[root])
         return tensor
 
+    @timed
     def barrier(self, timeout_s: float) -> None:
         self._check_usable()
         self.stats.barrier.add(0)

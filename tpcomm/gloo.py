@@ -29,6 +29,7 @@ from tpcomm.communicator import (
     check_root,
     describe_ranks,
     gather_output,
+    timed,
 )
 from tpcomm.errors import CommAborted, CommError, CommTimeout
 from tpcomm.group_id import GroupId
@@ -47,7 +48,7 @@ class GlooCommunicator:
     def __init__(self, group: GroupId, rank: int, world_size: int, timeout_s: float) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.stats = CommStats()
+        self.stats = CommStats(seconds=0.0)
         self._timeout_s = timeout_s
         self._num_calls = 0
         self._aborted = threading.Event()
@@ -56,6 +57,7 @@ class GlooCommunicator:
         self._process_group: Any = _process_group(self._store, group, rank, world_size, timeout_s)
         self.barrier(timeout_s)
 
+    @timed
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
         check_layout(tensor, _CPU)
         check_reducible(tensor)
@@ -71,6 +73,7 @@ class GlooCommunicator:
             total.add_(part)
         return tensor.copy_(total)
 
+    @timed
     def all_gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         check_layout(tensor, _CPU)
         out = gather_output(tensor, out, self.world_size)
@@ -79,6 +82,7 @@ class GlooCommunicator:
             self._gather_bytes(tensor, out)
         return out
 
+    @timed
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         check_layout(tensor, _CPU)
         check_root(root, self.world_size)
@@ -90,6 +94,7 @@ class GlooCommunicator:
             self._run(lambda group: group.broadcast([raw], options), self._timeout_s)
         return tensor
 
+    @timed
     def barrier(self, timeout_s: float) -> None:
         # An all-gather of one byte: gloo's own barrier keeps a time limit of its own.
         self.stats.barrier.add(0)
@@ -180,19 +185,25 @@ def _join_store(group: GroupId, rank: int, world_size: int, timeout_s: float) ->
         raise CommTimeout(f"rank 0 did not open {place} within {timeout_s:g} s", [0]) from error
     prefixed = _c10d.PrefixStore(group.name, store)
     prefixed.set(f"joined/{rank}", b"1")
-    deadline = time.monotonic() + timeout_s
-    missing = [
-        peer
-        for peer in range(world_size)
-        if not _has_key(
-            prefixed,
-            f"joined/{peer}",
-            timedelta(seconds=max(0.01, deadline - time.monotonic())),
-        )
-    ]
+    missing = _ranks_not_joined(prefixed, world_size, timeout_s)
     if missing:
         raise CommTimeout(f"{describe_ranks(missing)} did not join within {timeout_s:g} s", missing)
     return prefixed
+
+
+def _ranks_not_joined(store: Any, world_size: int, timeout_s: float) -> list[int]:
+    deadline = time.monotonic() + timeout_s
+    missing: list[int] = []
+    for peer in range(world_size):
+        remaining = timedelta(seconds=max(0.01, deadline - time.monotonic()))
+        try:
+            has_joined = _has_key(store, f"joined/{peer}", remaining)
+        except _c10d.DistNetworkError:
+            # Rank 0 has given up first, and the store went with it.
+            return [*missing, peer]
+        if not has_joined:
+            missing.append(peer)
+    return missing
 
 
 def _process_group(store: Any, group: GroupId, rank: int, world_size: int, timeout_s: float) -> Any:

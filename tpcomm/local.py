@@ -23,7 +23,7 @@ class LocalCommunicator:
     def __init__(self, device: torch.device) -> None:
         self.rank = 0
         self.world_size = 1
-        self.stats = CommStats()
+        self.stats = CommStats(seconds=0.0 if device.type == "cpu" else None)
         self._device = device
         self._aborted = False
         self._closed = False

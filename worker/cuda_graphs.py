@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tpcomm import Communicator
 from worker.model_runner import ModelRunner, StepTensors
-from worker.sampling.params import SamplePlan, SampleVariant
+from worker.sampling_params import SamplePlan, SampleVariant
 
 T = TypeVar("T")
 

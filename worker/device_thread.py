@@ -9,10 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-import torch
-
-from worker.device import select_device
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -20,12 +16,12 @@ T = TypeVar("T")
 class DeviceThread:
     """Runs calls in order on one thread. Phases and commands go through the same queue.
 
-    CUDA's current device is a thread's own, so the thread selects `device` before its first call.
+    `enter` runs on the thread before its first call: CUDA's current device is a thread's own.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, enter: Callable[[], None]) -> None:
         self._executor = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix=name, initializer=select_device, initargs=(device,)
+            max_workers=1, thread_name_prefix=name, initializer=enter
         )
         self._began_at: float | None = None
 

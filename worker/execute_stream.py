@@ -12,14 +12,14 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 
-import tpcomm
+from google.protobuf.message import DecodeError
+
 from protos.lockstep.v1 import worker_pb2
 from worker.device_thread import DeviceThread
 from worker.errors import CommandRefused
-from worker.executor import PendingStep, StepExecutor
+from worker.idle_clock import IdleClock
 from worker.metrics import WorkerMetrics
-from worker.rank import Rank
-from worker.result_message import step_result
+from worker.rank_contract import PendingStep, Rank, StepExecutor, StepTime
 
 _LOG = logging.getLogger(__name__)
 PROGRESS_PERIOD_S = 0.1
@@ -46,6 +46,7 @@ class ExecuteStream:
         self._last_progress = 0.0
         self._last_step = 0
         self._current = (0, 0)
+        self._idle = IdleClock()
         self.last_error = ""
 
     @property
@@ -54,10 +55,14 @@ class ExecuteStream:
         return self._last_step
 
     async def receive(self, requests: AsyncIterator[worker_pb2.ExecuteRequest]) -> None:
-        """Hands every command to the device thread, in order."""
-        async for request in requests:
-            ran = self._device_thread.submit(self._execute, request.command)
-            ran.add_done_callback(self._check)
+        """Hands every command to the device thread, in order; bytes that are none end the epoch."""
+        try:
+            async for request in requests:
+                arrived = time.monotonic()
+                ran = self._device_thread.submit(self._execute, request.command, arrived)
+                ran.add_done_callback(self._check)
+        except DecodeError as error:
+            self.fail(f"a message is no ExecuteRequest: {error}", is_refusal=True)
 
     async def reports(self) -> AsyncIterator[worker_pb2.ExecuteResponse]:
         """What to send; ends after a failure."""
@@ -79,32 +84,37 @@ class ExecuteStream:
         )
         self._send(worker_pb2.ExecuteResponse(failure=failure))
 
-    def _execute(self, command: worker_pb2.StepCommand) -> None:
+    def _execute(self, command: worker_pb2.StepCommand, arrived: float) -> None:
         """On the device thread. After a failure nothing runs any more."""
         if self.last_error:
             return
         self._current = (command.command_id, 0)
         try:
-            steps = self._executor.execute(command)
+            for pending in self._executor.execute(command, arrived):
+                self._results_thread.submit(self._finish, pending).add_done_callback(self._check)
         except CommandRefused as refusal:
             self.fail(str(refusal), is_refusal=True)
             return
-        for pending in steps:
-            self._results_thread.submit(self._finish, pending).add_done_callback(self._check)
         if command.step_count == 0:
-            self._results_thread.submit(self._send_progress, command.command_id, 0.0)
+            beat = self._results_thread.submit(self._answer_heartbeat, command.command_id, arrived)
+            beat.add_done_callback(self._check)
 
     def _finish(self, pending: PendingStep) -> None:
         """On the results thread: waits for a step and reports it."""
-        seconds = pending.wait()
+        took = pending.wait()
+        self._idle.step_ended(pending.arrived, took.ended)
         self._last_step = pending.step
-        self._metrics.observe_step(seconds)
+        self._metrics.observe_step(took.seconds)
         self._metrics.set_all_reduces(self._executor.num_all_reduces)
         if self._rank.rank == 0:
-            result = step_result(pending, seconds, self._executor.num_all_reduces)
-            self._send(worker_pb2.ExecuteResponse(result=result))
+            self._send_result(pending, took)
         elif time.monotonic() - self._last_progress >= PROGRESS_PERIOD_S:
-            self._send_progress(pending.command_id, seconds)
+            idle_s = self._idle.seconds_before_last_step
+            self._send_progress(pending.command_id, pending.arrived, took.seconds, idle_s)
+
+    def _answer_heartbeat(self, command_id: int, arrived: float) -> None:
+        """On the results thread, after every step before it."""
+        self._send_progress(command_id, arrived, 0.0, self._idle.seconds(arrived))
 
     def _check(self, ran: Future[None]) -> None:
         """Ends the epoch with the error of a step; in the thread that ran it."""
@@ -114,19 +124,39 @@ class ExecuteStream:
         if error is not None:
             message = f"{type(error).__name__}: {error}"
             # A collective that a peer's loss ended says it all by its message.
-            is_foreseen = isinstance(error, tpcomm.CommError)
+            is_foreseen = isinstance(error, self._rank.foreseen_errors)
             _LOG.error("step failed: %s", message, exc_info=None if is_foreseen else error)
             self.fail(message)
 
-    def _send_progress(self, command_id: int, seconds: float) -> None:
+    def _send_result(self, pending: PendingStep, took: StepTime) -> None:
+        result = pending.result()
+        result.step_micros = _micros(took.seconds)
+        result.all_reduce_count = self._executor.num_all_reduces
+        result.arrival_micros = _micros(pending.arrived)
+        result.idle_micros = _micros(self._idle.seconds_before_last_step)
+        result.comm_micros = self._comm_micros()
+        self._send(worker_pb2.ExecuteResponse(result=result))
+
+    def _send_progress(self, command_id: int, arrived: float, step_s: float, idle_s: float) -> None:
         self._last_progress = time.monotonic()
         progress = worker_pb2.RankProgress(
             command_id=command_id,
             step=self._last_step,
-            step_micros=round(seconds * 1e6),
+            step_micros=_micros(step_s),
             all_reduce_count=self._executor.num_all_reduces,
+            arrival_micros=_micros(arrived),
+            idle_micros=_micros(idle_s),
+            comm_micros=self._comm_micros(),
         )
         self._send(worker_pb2.ExecuteResponse(progress=progress))
 
     def _send(self, report: worker_pb2.ExecuteResponse) -> None:
         self._loop.call_soon_threadsafe(self._reports.put_nowait, report)
+
+    def _comm_micros(self) -> int:
+        seconds = self._executor.comm_seconds
+        return -1 if seconds is None else _micros(seconds)
+
+
+def _micros(seconds: float) -> int:
+    return round(seconds * 1e6)

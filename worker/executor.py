@@ -1,81 +1,84 @@
-"""Turns step commands into steps: fence, tables, device, in this order."""
+"""Turns step commands into steps: gate, device tables, forward pass, in this order."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from protos.lockstep.v1 import worker_pb2
-from worker.errors import CommandRefused
+from worker.command_gate import CommandGate
 from worker.model_runner import ModelRunner, StepTensors, empty_step
-from worker.sampling.params import SamplePlan, SlotParams, plan_sample
+from worker.rank_contract import StepTime
+from worker.result_message import Entries, step_result
+from worker.sampling_params import SamplePlan, plan_sample
 from worker.step_graphs import StepGraphs
-from worker.tables import AppliedDelta, BatchTables, Chunk, CommandFence, unpack_int32
-
-# Which entries of a step's tensors are real.
-Entries: TypeAlias = slice | list[int]
+from worker.tables import AppliedDelta, Chunk, TableLimits
 
 
 @dataclass(frozen=True)
-class PendingStep:
+class EnqueuedStep:
     """A step that has been enqueued; its host tensors are valid once `done` has happened.
 
     `entries` picks the real entries of every tensor, in the order of the result; the others are
-    padding. The events are None on CPU,
-    where the step has ended when this exists and `seconds` is its time.
+    padding. The events are None on CPU, where the step has ended when this exists and `time` says
+    how it went.
     """
 
     command_id: int
     step: int
+    arrived: float
     entries: Entries
     tensors: dict[str, Tensor]
     started: torch.cuda.Event | None
     done: torch.cuda.Event | None
-    seconds: float
+    time: StepTime
 
-    def wait(self) -> float:
-        """Blocks until the step has ended on the device; returns its time there in seconds."""
+    def wait(self) -> StepTime:
+        """Blocks until the step has ended on the device."""
         if self.started is None or self.done is None:
-            return self.seconds
+            return self.time
         self.done.synchronize()
-        return float(self.started.elapsed_time(self.done)) / 1e3
+        seconds = float(self.started.elapsed_time(self.done)) / 1e3
+        return StepTime(seconds, time.monotonic())
+
+    def result(self) -> worker_pb2.StepResult:
+        """The real entries, packed; after `wait`."""
+        return step_result(self.command_id, self.step, self.tensors, self.entries)
 
 
 class StepExecutor:
-    """One epoch's command stream. Used by the device thread alone."""
+    """One epoch's command stream. Used by the device thread alone, but for its figures."""
 
     def __init__(
         self,
         epoch: int,
-        tables: BatchTables,
+        limits: TableLimits,
         runner: ModelRunner,
         graphs: StepGraphs | None,
     ) -> None:
-        self._fence = CommandFence(epoch)
-        self._tables = tables
+        self._gate = CommandGate(epoch, limits)
+        self._tables = self._gate.tables
         self._runner = runner
         self._graphs = graphs
-        self._slot_params: dict[int, SlotParams] = {}
         self._row_plan = SamplePlan()
         self._on_cuda = runner.tables.device.type == "cuda"
+        self._comm_s_before = runner.comm.stats.seconds
 
-    def execute(self, command: worker_pb2.StepCommand) -> list[PendingStep]:
-        """Checks a command, applies it and enqueues its steps.
+    def execute(self, command: worker_pb2.StepCommand, arrived: float) -> Iterator[EnqueuedStep]:
+        """Checks a command, applies it and enqueues its steps, yielding each.
 
-        Raises CommandRefused before anything of it has been launched.
+        `arrived` is CLOCK_MONOTONIC. Raises CommandRefused before anything has been launched.
         """
-        applied = self._accept(command)
+        applied = self._gate.accept(command)
         self._runner.tables.write(applied)
         self._set_sampling(applied)
-        steps = []
         for offset in range(command.step_count):
             chunks = applied.chunks if offset == 0 else []
-            steps.append(self._run(command.command_id, command.first_step + offset, chunks))
-        return steps
+            yield self._run(command.command_id, command.first_step + offset, arrived, chunks)
 
     @property
     def num_all_reduces(self) -> int:
@@ -83,33 +86,23 @@ class StepExecutor:
         replayed = self._graphs.num_replayed_all_reduces if self._graphs else 0
         return self._runner.comm.stats.all_reduce.calls + replayed
 
-    def _accept(self, command: worker_pb2.StepCommand) -> AppliedDelta:
-        self._fence.check(command)
-        delta = worker_pb2.TableDelta.FromString(command.delta)
-        if command.step_count == 0 and delta.chunks:
-            raise CommandRefused(f"command {command.command_id} has chunks but grants no step")
-        applied = self._tables.apply(delta)
-        if command.table_digest:
-            digest = self._tables.digest()
-            if command.table_digest != digest:
-                raise CommandRefused(
-                    f"command {command.command_id}: the coordinator's tables have digest"
-                    f" {command.table_digest.hex()}, ours {digest.hex()}"
-                )
-        return applied
+    @property
+    def comm_seconds(self) -> float | None:
+        """Time in collectives in this epoch; None where the communicator does not measure it."""
+        seconds = self._runner.comm.stats.seconds
+        if seconds is None or self._comm_s_before is None:
+            return None
+        return seconds - self._comm_s_before
 
     def _set_sampling(self, applied: AppliedDelta) -> None:
-        for slot in applied.closed_slots:
-            self._slot_params.pop(slot, None)
-        for seq in applied.opened:
-            self._slot_params[seq.slot] = slot_params(seq.params)
-        slots = [seq.slot for seq in applied.opened]
-        self._runner.sampling.set_rows(slots, [self._slot_params[slot] for slot in slots])
+        opened = applied.opened
+        self._runner.sampling.set_rows([seq.slot for seq in opened], [seq.params for seq in opened])
+        self._runner.mark_counts(applied.counted)
         if applied.rows:
             rows = self._tables.row_slots[: self._tables.num_rows].tolist()
-            self._row_plan = plan_sample(self._slot_params[slot] for slot in rows)
+            self._row_plan = plan_sample(self._tables.sequences[slot].params for slot in rows)
 
-    def _run(self, command_id: int, step: int, chunks: list[Chunk]) -> PendingStep:
+    def _run(self, command_id: int, step: int, arrived: float, chunks: list[Chunk]) -> EnqueuedStep:
         num_rows = self._tables.num_rows
         begun = time.perf_counter()
         started, done = self._events()
@@ -120,8 +113,8 @@ class StepExecutor:
         tensors = {name: copy_to_host(value) for name, value in result.named().items()}
         if done is not None:
             done.record()
-        seconds = time.perf_counter() - begun
-        return PendingStep(command_id, step, entries, tensors, started, done, seconds)
+        took = StepTime(time.perf_counter() - begun, time.monotonic())
+        return EnqueuedStep(command_id, step, arrived, entries, tensors, started, done, took)
 
     def _launch(self, num_rows: int, chunks: list[Chunk]) -> tuple[StepTensors, Entries]:
         """Enqueues a step by graph where there is one, and says which of its entries are real."""
@@ -141,7 +134,7 @@ class StepExecutor:
     def _mixed_plan(self, chunks: list[Chunk]) -> SamplePlan:
         slots = self._tables.row_slots[: self._tables.num_rows].tolist()
         slots += [chunk.sequence.slot for chunk in chunks if chunk.is_final]
-        return plan_sample(self._slot_params[slot] for slot in slots)
+        return plan_sample(self._tables.sequences[slot].params for slot in slots)
 
     def _events(self) -> tuple[torch.cuda.Event | None, torch.cuda.Event | None]:
         if not self._on_cuda:
@@ -158,24 +151,3 @@ def copy_to_host(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu":
         return tensor.clone()
     return tensor.to("cpu", non_blocking=True)
-
-
-def slot_params(opening: worker_pb2.SlotOpen) -> SlotParams:
-    """The sampler's view of a sequence; raises CommandRefused naming what is out of range."""
-    try:
-        return SlotParams(
-            temperature=opening.temperature,
-            top_k=opening.top_k,
-            top_p=opening.top_p,
-            min_p=opening.min_p,
-            seed=opening.seed & (2**64 - 1),
-            repetition_penalty=opening.repetition_penalty,
-            presence_penalty=opening.presence_penalty,
-            frequency_penalty=opening.frequency_penalty,
-            prompt_len=opening.prompt_len,
-            min_tokens=opening.min_tokens,
-            stop_ids=tuple(unpack_int32(opening.stop_ids, 1, "stop_ids")[:, 0].tolist()),
-            num_logprobs=None if opening.logprob_count < 0 else opening.logprob_count,
-        )
-    except ValueError as error:
-        raise CommandRefused(f"slot {opening.slot}: {error}") from None

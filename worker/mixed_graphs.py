@@ -16,7 +16,7 @@ from worker.chunk_tokens import ChunkShape, ChunkTokens, pack_chunks, view_chunk
 from worker.cuda_graphs import CAPTURED_PLANS, Captured, GraphPool, captured_plan
 from worker.device_tables import upload
 from worker.model_runner import ModelRunner, StepTensors
-from worker.sampling.params import SamplePlan
+from worker.sampling_params import SamplePlan
 from worker.tables import Chunk
 
 MAX_CHUNKS = 32

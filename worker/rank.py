@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,13 @@ import tpcomm
 from protos.lockstep.v1 import worker_pb2
 from worker.config import WorkerConfig
 from worker.cpu_packing import can_pack
+from worker.device import device_identity, select_device
 from worker.device_memory import DeviceMemory
 from worker.device_tables import DeviceTables
 from worker.errors import PhaseError
 from worker.executor import StepExecutor
 from worker.kv_cache import KvCache, KvLayout, fitting_blocks, kv_layout
+from worker.load_progress import LoadProgress
 from worker.model_runner import ModelRunner
 from worker.models.spec import ModelSpec
 from worker.models.transformer import Transformer
@@ -29,7 +31,7 @@ from worker.ops import cpu_ops, cuda_ops
 from worker.sampling.tables import SlotSampling
 from worker.sharding import ShardSpec, make_shard_spec
 from worker.step_graphs import StepGraphs
-from worker.tables import BatchTables, TableLimits
+from worker.tables import TableLimits
 from worker.warm_up import warm_up
 from worker.weight_layout import TransformerWeights
 from worker.weights import LoadReport, load_weights
@@ -50,7 +52,9 @@ class LoadedModel:
 
 
 class Rank:
-    """The state of one rank. `phase` says how far it has come."""
+    """The state of one rank, as worker/rank_contract.py says. `phase` tells how far it is."""
+
+    foreseen_errors = (tpcomm.CommError,)
 
     def __init__(self, config: WorkerConfig, spec: ModelSpec) -> None:
         self.spec = spec
@@ -62,18 +66,35 @@ class Rank:
         self.comm: tpcomm.Communicator | None = None
         self.executor: StepExecutor | None = None
         self._config = config
-        self._loaded: LoadedModel | None = None
+        self.loaded: LoadedModel | None = None
         self._runner: ModelRunner | None = None
         self._graphs: StepGraphs | None = None
 
-    def load(
-        self, config: worker_pb2.EngineConfig, progress: Callable[[int, int], None]
-    ) -> LoadedModel:
+    @property
+    def is_joined(self) -> bool:
+        """Whether this rank is in a group."""
+        return self.comm is not None
+
+    @property
+    def memory_bytes(self) -> Mapping[str, int]:
+        """The memory ledger, by kind."""
+        return self.memory.by_kind
+
+    def device_identity(self) -> tuple[str, str]:
+        """(name, UUID) of the device; ("cpu", "") on CPU."""
+        return device_identity(self.device)
+
+    def enter_thread(self) -> None:
+        """Selects the device, which CUDA wants of each thread."""
+        select_device(self.device)
+
+    def load(self, config: worker_pb2.EngineConfig) -> worker_pb2.LoadResponse:
         """Loads this rank's shard, or keeps it when nothing about it has changed."""
         shard = make_shard_spec(self.spec, self.rank, self.world_size)
-        loaded = self._loaded
+        loaded = self.loaded
+        progress = LoadProgress(self.rank)
         if loaded is None or loaded.config != config or loaded.shard != shard:
-            self._loaded = None  # frees the old weights before the new ones are allocated
+            self.loaded = None  # frees the old weights before the new ones are allocated
             with self.memory.counted("weights"):
                 weights, report = load_weights(
                     self._config.model,
@@ -82,16 +103,27 @@ class Rank:
                     dtype=_DTYPES[config.dtype],
                     device=self.device,
                     load_format="dummy" if config.load_format == "dummy" else "safetensors",
-                    progress=progress,
+                    progress=progress.update,
                     pack=can_pack(_DTYPES[config.dtype], self.device),
                 )
             if self.device.type == "cpu":
                 self.memory.by_kind["weights"] = (
                     report.num_parameters * _DTYPES[config.dtype].itemsize
                 )
-            self._loaded = loaded = LoadedModel(config, shard, weights, report)
+            self.loaded = loaded = LoadedModel(config, shard, weights, report)
+            progress.finish(report)
+        else:
+            progress.finish(None)
         self.phase = worker_pb2.WORKER_PHASE_LOADED
-        return loaded
+        return worker_pb2.LoadResponse(
+            local_q_head_count=shard.num_local_q_heads,
+            local_kv_head_count=shard.num_local_kv_heads,
+            parameter_count=loaded.report.num_parameters,
+            bytes_read=loaded.report.bytes_read,
+            seconds=loaded.report.seconds,
+            block_bytes=self.kv_layout().block_bytes,
+            vocab_size=self.spec.vocab_size,
+        )
 
     def create_group_id(self) -> bytes:
         """The communicator id, made in this process, which the others will dial."""
@@ -156,11 +188,12 @@ class Rank:
             max_num_seqs=config.max_num_seqs,
             max_batch_tokens=config.max_batch_tokens,
             max_blocks_per_seq=_blocks_per_seq(config),
+            max_model_len=config.max_model_len,
             block_size=config.block_size,
             num_blocks=num_blocks,
             vocab_size=self.spec.vocab_size,
         )
-        self.executor = StepExecutor(epoch, BatchTables(limits), runner, self._graphs)
+        self.executor = StepExecutor(epoch, limits, runner, self._graphs)
         self.phase = worker_pb2.WORKER_PHASE_READY
         return runner.kv_cache.num_bytes
 
@@ -175,7 +208,7 @@ class Rank:
             self.comm.close()
             self.comm = None
         self.phase = (
-            worker_pb2.WORKER_PHASE_LOADED if self._loaded else worker_pb2.WORKER_PHASE_STARTED
+            worker_pb2.WORKER_PHASE_LOADED if self.loaded else worker_pb2.WORKER_PHASE_STARTED
         )
 
     def abort(self) -> None:
@@ -221,9 +254,9 @@ class Rank:
         return min(most, fitting_blocks(free, reserve, layout))
 
     def _need_loaded(self) -> LoadedModel:
-        if self._loaded is None:
+        if self.loaded is None:
             raise PhaseError("the weights are not loaded; call Load first")
-        return self._loaded
+        return self.loaded
 
     def _need_comm(self) -> tpcomm.Communicator:
         if self.comm is None:

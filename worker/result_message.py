@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeAlias
+
 from torch import Tensor
 
 from protos.lockstep.v1 import worker_pb2
-from worker.executor import PendingStep
+
+# Which entries of a step's tensors are real.
+Entries: TypeAlias = slice | list[int]
 
 _TENSOR_FIELDS = {
     "token_ids": "token_ids",
@@ -17,17 +22,12 @@ _TENSOR_FIELDS = {
 
 
 def step_result(
-    pending: PendingStep, seconds: float, num_all_reduces: int
+    command_id: int, step: int, tensors: Mapping[str, Tensor], entries: Entries
 ) -> worker_pb2.StepResult:
-    """Packs the real entries of a step that has ended (`PendingStep.wait`)."""
-    result = worker_pb2.StepResult(
-        command_id=pending.command_id,
-        step=pending.step,
-        step_micros=round(seconds * 1e6),
-        all_reduce_count=num_all_reduces,
-    )
-    for name, tensor in pending.tensors.items():
-        setattr(result, _TENSOR_FIELDS[name], _packed(tensor[pending.entries]))
+    """Packs the real entries of a step that has ended."""
+    result = worker_pb2.StepResult(command_id=command_id, step=step)
+    for name, tensor in tensors.items():
+        setattr(result, _TENSOR_FIELDS[name], _packed(tensor[entries]))
     return result
 
 

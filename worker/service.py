@@ -15,13 +15,11 @@ import grpc
 
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import worker_pb2, worker_pb2_grpc
-from worker.device import device_identity
 from worker.device_thread import DeviceThread
 from worker.errors import CheckpointError, PhaseError, UnsupportedModel, WorkerError
 from worker.execute_stream import ExecuteStream
-from worker.load_progress import LoadProgress
 from worker.metrics import WorkerMetrics
-from worker.rank import LoadedModel, Rank
+from worker.rank_contract import Rank
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,12 +42,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._digest = model_digest
         self._metrics = metrics
         self._on_shutdown = on_shutdown
-        self._device_thread = DeviceThread("device", rank.device)
-        self._results_thread = DeviceThread("results", rank.device)
+        self._device_thread = DeviceThread("device", rank.enter_thread)
+        self._results_thread = DeviceThread("results", rank.enter_thread)
         self._epoch = 0
         self._stream: ExecuteStream | None = None
         self._last_error = ""
-        self._loaded: LoadedModel | None = None
         self._is_in_phase = False
 
     async def Hello(
@@ -78,22 +75,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def Load(
         self, request: worker_pb2.LoadRequest, context: Context
     ) -> worker_pb2.LoadResponse:
-        progress = LoadProgress(self._rank.rank)
-        loaded = await self._phase(
-            request.epoch, context, self._rank.load, request.config, progress.update
-        )
-        is_new = loaded is not self._loaded
-        self._loaded = loaded
-        progress.finish(loaded.report if is_new else None)
-        return worker_pb2.LoadResponse(
-            local_q_head_count=loaded.shard.num_local_q_heads,
-            local_kv_head_count=loaded.shard.num_local_kv_heads,
-            parameter_count=loaded.report.num_parameters,
-            bytes_read=loaded.report.bytes_read,
-            seconds=loaded.report.seconds,
-            block_bytes=self._rank.kv_layout().block_bytes,
-            vocab_size=self._rank.spec.vocab_size,
-        )
+        return await self._phase(request.epoch, context, self._rank.load, request.config)
 
     async def CreateGroupId(
         self, request: worker_pb2.CreateGroupIdRequest, context: Context
@@ -128,7 +110,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         num_bytes = await self._phase(
             request.epoch, context, self._rank.init_kv_cache, request.block_count, request.epoch
         )
-        self._metrics.set_memory(self._rank.memory.by_kind)
+        self._metrics.set_memory(self._rank.memory_bytes)
         return worker_pb2.InitKvCacheResponse(kv_cache_bytes=num_bytes)
 
     async def Execute(
@@ -225,7 +207,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             await context.abort(_status(error), f"{call.__name__}: {_describe(error)}")
         result = ran.result()
         self._metrics.set_phase(self._rank.phase)
-        self._metrics.set_memory(self._rank.memory.by_kind)
+        self._metrics.set_memory(self._rank.memory_bytes)
         return result
 
     async def _check_epoch(self, epoch: int, context: Context) -> None:
@@ -234,7 +216,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
 
     async def _leave_epoch(self) -> None:
         """Drops what an earlier epoch left, but for the weights."""
-        if self._rank.comm is not None:
+        if self._rank.is_joined:
             await self._abandon()
             self._stream = None  # it holds the graphs, which must go before the communicator
             await self._device_thread.run(self._rank.reset)
@@ -254,7 +236,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._metrics.set_phase(self._rank.phase)
 
     def _hello_response(self, last_epoch: int) -> worker_pb2.HelloResponse:
-        device_name, device_uuid = device_identity(self._rank.device)
+        device_name, device_uuid = self._rank.device_identity()
         return worker_pb2.HelloResponse(
             version=__version__,
             model_digest=self._digest,

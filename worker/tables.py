@@ -10,14 +10,21 @@ import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from protos.lockstep.v1 import worker_pb2
 from worker.errors import CommandRefused
+from worker.sampling_params import SlotParams
+from worker.slot_opening import (
+    Int32Array,
+    cached_token_ids,
+    check_lengths,
+    slot_params,
+    unpack_int32,
+)
 
-Int32Array = npt.NDArray[np.int32]
 DUMMY_SLOT = 0
-MAX_STOP_IDS = 16
+# A command with more steps is taken for a broken one: nobody could abort what it grants.
+MAX_STEP_COUNT = 64
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class TableLimits:
     max_num_seqs: int
     max_batch_tokens: int
     max_blocks_per_seq: int
+    max_model_len: int
     block_size: int
     num_blocks: int
     vocab_size: int
@@ -34,15 +42,19 @@ class TableLimits:
 
 @dataclass
 class Sequence:
-    """An open slot."""
+    """An open slot. Positions below `cached_len` were in its first blocks when it was opened."""
 
     slot: int
     prompt_len: int
     prefill_len: int
     limit: int
     block_ids: list[int]
-    params: worker_pb2.SlotOpen
-    num_prefilled: int = 0
+    params: SlotParams
+    cached_len: int = 0
+    num_prefilled: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prefilled = self.cached_len
 
     @property
     def is_decoding(self) -> bool:
@@ -51,7 +63,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a prompt to run; `token_ids` int32 [length]."""
+    """A piece of a prompt, to run or cached; `token_ids` int32 [length]."""
 
     sequence: Sequence
     start: int
@@ -67,6 +79,7 @@ class AppliedDelta:
     """What a command changed, for the device: each list is to be written there."""
 
     opened: list[Sequence] = field(default_factory=list)
+    counted: list[Chunk] = field(default_factory=list)  # cached tokens that penalties count
     closed_slots: list[int] = field(default_factory=list)
     blocks: list[tuple[int, int, int]] = field(default_factory=list)  # slot, index, block id
     limits: list[tuple[int, int]] = field(default_factory=list)  # slot, limit
@@ -124,19 +137,19 @@ class BatchTables:
             raise CommandRefused(f"opened slot {slot} is not in 1..{self.limits.max_num_seqs}")
         if slot in self.sequences:
             raise CommandRefused(f"opened slot {slot} is open")
-        if not 1 <= opening.prompt_len <= opening.prefill_len:
-            raise CommandRefused(
-                f"slot {slot}: prompt_len {opening.prompt_len} and prefill_len"
-                f" {opening.prefill_len} do not fit together"
-            )
-        if len(opening.stop_ids) > 4 * MAX_STOP_IDS:
-            raise CommandRefused(f"slot {slot} has more than {MAX_STOP_IDS} stop ids")
-        seq = Sequence(slot, opening.prompt_len, opening.prefill_len, 0, [], opening)
+        block_ids = unpack_int32(opening.block_ids, 1, "block_ids")[:, 0].tolist()
+        check_lengths(opening, len(block_ids), self.limits.block_size)
+        params = slot_params(opening)
+        seq = Sequence(
+            slot, opening.prompt_len, opening.prefill_len, 0, [], params, opening.cached_len
+        )
         self.sequences[slot] = seq
         applied.opened.append(seq)
-        block_ids = unpack_int32(opening.block_ids, 1, "block_ids")[:, 0]
+        counted = cached_token_ids(opening, params, self.limits.vocab_size)
+        if len(counted):
+            applied.counted.append(Chunk(seq, 0, counted))
         for index, block_id in enumerate(block_ids):
-            self._append_block(slot, index, int(block_id), applied)
+            self._append_block(slot, index, block_id, applied)
         self._raise_limit(slot, opening.limit, applied)
 
     def _append_block(self, slot: int, index: int, block_id: int, applied: AppliedDelta) -> None:
@@ -158,6 +171,10 @@ class BatchTables:
             raise CommandRefused(
                 f"slot {slot}: limit {limit} is not between the old {seq.limit} and"
                 f" {covered}, the positions its blocks cover"
+            )
+        if limit >= self.limits.max_model_len:
+            raise CommandRefused(
+                f"slot {slot}: limit {limit} is not below max_model_len {self.limits.max_model_len}"
             )
         seq.limit = limit
         applied.limits.append((slot, limit))
@@ -236,10 +253,11 @@ class CommandFence:
             raise CommandRefused(
                 f"command {command.command_id} came after {self._command_id}, a gap or repeat"
             )
-        if command.first_step != self._next_step or command.step_count < 0:
+        if command.first_step != self._next_step or not 0 <= command.step_count <= MAX_STEP_COUNT:
             raise CommandRefused(
                 f"command {command.command_id} grants {command.step_count} steps from"
-                f" {command.first_step}; the next here is {self._next_step}"
+                f" {command.first_step}; the next here is {self._next_step}, and a command"
+                f" grants 0 to {MAX_STEP_COUNT}"
             )
         digest = hashlib.blake2b(self._digest + command.delta, digest_size=32).digest()[:8]
         if command.digest != digest:
@@ -250,10 +268,3 @@ class CommandFence:
         self._command_id += 1
         self._next_step += command.step_count
         self._digest = digest
-
-
-def unpack_int32(packed: bytes, width: int, name: str) -> Int32Array:
-    """int32 [n, width] view of packed little-endian numbers; CommandRefused on a bad size."""
-    if len(packed) % (4 * width):
-        raise CommandRefused(f"{name} has {len(packed)} bytes, not a multiple of {4 * width}")
-    return np.frombuffer(packed, "<i4").reshape(-1, width)

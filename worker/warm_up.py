@@ -7,7 +7,7 @@ import torch
 
 from protos.lockstep.v1 import worker_pb2
 from worker.model_runner import ModelRunner
-from worker.sampling.params import SamplePlan, SampleVariant, SlotParams, plan_sample
+from worker.sampling_params import SamplePlan, SampleVariant, SlotParams, plan_sample
 from worker.tables import DUMMY_SLOT, Chunk, Sequence
 
 _EVERY_PLAN = (
@@ -39,8 +39,5 @@ def _dummy_chunk(length: int, config: worker_pb2.EngineConfig) -> Chunk:
     """A prompt of zeros whose every position lies in block 0."""
     length = max(1, min(length, config.max_model_len))
     num_blocks = -(-length // config.block_size)
-    opening = worker_pb2.SlotOpen(
-        slot=DUMMY_SLOT, repetition_penalty=1.0, prompt_len=length, prefill_len=length
-    )
-    sequence = Sequence(DUMMY_SLOT, length, length, length, [0] * num_blocks, opening)
+    sequence = Sequence(DUMMY_SLOT, length, length, length, [0] * num_blocks, SlotParams())
     return Chunk(sequence, 0, np.zeros(length, np.int32))

@@ -18,7 +18,7 @@ from lockstep.daemon.flags import (
 
 @dataclass(frozen=True)
 class FrontendConfig:
-    """One frontend. `silence_timeout` is in seconds; `port` 0 means any free one."""
+    """One frontend. Times are in seconds; `port` 0 means any free one."""
 
     engine_fd: int
     engine_pid: int
@@ -28,6 +28,7 @@ class FrontendConfig:
     port: int
     silence_timeout: float
     num_frontends: int
+    slow_client_seconds: float
     log_format: str
 
 
@@ -40,6 +41,7 @@ _FLAGS = (
     Flag("port", tcp_port, 50051, "port to listen on; 0: any"),
     Flag("silence-timeout", float_between(0.1, 86400), 32.0, "engine counts as stopped, seconds"),
     Flag("num-frontends", positive_int, 1, "frontends that share the port"),
+    Flag("slow-client-seconds", float_between(0.1, 86400), 30.0, "unread output is kept for"),
     Flag("log-format", choice("text", "json"), "text", "text or json"),
 )
 _REQUIRED = ("engine_fd", "engine_pid", "model", "served_model_name")

@@ -17,33 +17,46 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._stages = tokenizer.new_decoder_stages()
-
-    @property
-    def pending(self) -> bool:
+        self._is_memoryless = all(stage.is_memoryless for stage in self._stages)
+        self._settled_texts = tokenizer.settled_texts(skip_special_tokens)
+        self.pending = False
         """Whether text of an id pushed so far is still held."""
-        return any(stage.pending for stage in self._stages)
 
     def push(self, ids: Iterable[int]) -> str:
         """Takes the next output ids; returns the text that they complete.
 
         Ids without a token and, if so asked, special tokens give no text, as in the library.
         """
-        return "".join(map(self._push_one, ids))
+        return "".join(map(self.push_one, ids))
+
+    def push_one(self, token_id: int) -> str:
+        """The same for one id."""
+        if self.pending or not self._is_memoryless:
+            return self._decode(token_id)
+        text = self._settled_texts.get(token_id)
+        if text is None:
+            text = self._decode(token_id)
+            if not self.pending:
+                self._settled_texts[token_id] = text
+        return text
 
     def flush(self) -> str:
         """Returns what is held, incomplete characters replaced by U+FFFD; ends the request."""
         pieces: list[str] = []
         for index, stage in enumerate(self._stages):
             pieces.append(self._through(stage.end(), index + 1))
+        self.pending = False
         return "".join(pieces)
 
-    def _push_one(self, token_id: int) -> str:
+    def _decode(self, token_id: int) -> str:
         token = self._tokenizer.token(token_id)
         if token is None:
             return ""
         if self._skip_special_tokens and self._tokenizer.is_special(token_id):
             return ""
-        return self._through((token,), 0)
+        text = self._through((token,), 0)
+        self.pending = any(stage.pending for stage in self._stages)
+        return text
 
     def _through(self, pieces: Iterable[str], first_stage: int) -> str:
         for stage in self._stages[first_stage:]:

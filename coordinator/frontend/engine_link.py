@@ -7,20 +7,22 @@ no method may be called from another thread.
 import asyncio
 import itertools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from coordinator.frontend.errors import EngineLost
-from coordinator.frontend.stream import RequestStream
+from coordinator.frontend.pacer import Pacer
+from coordinator.frontend.stream import CallStreams, SampleStream
 from protos.lockstep.v1 import engine_pb2
 
 _LENGTH = struct.Struct("<I")
 _READ_BYTES = 1 << 18
+_ALIVE_PERIOD_S = 1.0
 # After a pause of our own process the engine's messages may be waiting unread: look once more.
 _SECOND_LOOK_SECONDS = 0.5
-# Lowest bit of a handle: tells which ids in Outputs have log-probabilities, also for a request
-# that we have released and forgotten.
+# Lowest bit of a handle, set where log-probabilities are wanted: tells which ids in Outputs have
+# some, also for a request that we have released and forgotten.
 _WANTS_LOGPROBS = 1
 
 
@@ -46,14 +48,17 @@ class EngineLink:
         self._on_drain = on_drain
         self._numbers = itertools.count(1)
         self._queries = itertools.count(1)
-        self._streams: dict[int, RequestStream] = {}
+        self._streams: dict[int, SampleStream] = {}
+        # Released by us; the engine's answer is still to come and somebody waits for it.
+        self._released: dict[int, SampleStream] = {}
         self._abort_answers: dict[int, asyncio.Future[bool]] = {}
+        self._pacer = Pacer()
         self._lost: EngineLost | None = None
         self._last_heard = 0.0
 
     @property
     def num_streams(self) -> int:
-        """Requests that have not ended."""
+        """Requests that have neither ended nor been released."""
         return len(self._streams)
 
     async def run(self) -> None:
@@ -64,35 +69,45 @@ class EngineLink:
         self._last_heard = asyncio.get_running_loop().time()
         reading = asyncio.create_task(self._read_frames())
         watching = asyncio.create_task(self._watch_silence())
+        telling = asyncio.create_task(self._tell_alive())
+        tasks = (reading, watching, telling)
         try:
-            done, _ = await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         except EngineLost as error:
             self.fail_all(error)
             raise
         finally:
-            reading.cancel()
-            watching.cancel()
-            await asyncio.gather(reading, watching, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    def submit(self, message: engine_pb2.Submit, wants_logprobs: bool) -> RequestStream:
-        """Sends a request (its handle is chosen here) and returns its stream. Raises EngineLost."""
+    def submit(self, messages: Sequence[engine_pb2.Submit], wants_logprobs: bool) -> CallStreams:
+        """Sends the samples of one call and returns their streams. Raises EngineLost.
+
+        Their `handle` and `group` are chosen here.
+        """
         if self._lost is not None:
             raise self._lost
-        message.handle = next(self._numbers) << 1 | (_WANTS_LOGPROBS if wants_logprobs else 0)
-        stream = RequestStream(message.handle)
-        self._streams[message.handle] = stream
-        self._send(engine_pb2.FrontendMessage(submit=message))
-        return stream
+        handles = [next(self._numbers) << 1 | wants_logprobs for _ in messages]
+        call = CallStreams(handles, self._pacer.add)
+        for message, stream in zip(messages, call.samples, strict=True):
+            message.handle = stream.handle
+            message.group = handles[0]
+            self._streams[stream.handle] = stream
+            self._send(engine_pb2.FrontendMessage(submit=message))
+        return call
 
-    def release(self, stream: RequestStream, reason: str, num_output_tokens: int) -> None:
+    def release(self, stream: SampleStream, reason: str, num_output_tokens: int) -> None:
         """Ends a request from our side; whatever the engine still sends for it is dropped.
 
-        Does nothing when the engine has ended it already.
+        All but its answer, an Ended, which comes through the stream until `forget`. Does nothing
+        when the engine has ended the request already.
         """
         if self._streams.pop(stream.handle, None) is None:
             return
+        self._released[stream.handle] = stream
         self._send(
             engine_pb2.FrontendMessage(
                 release=engine_pb2.Release(
@@ -100,6 +115,10 @@ class EngineLink:
                 )
             )
         )
+
+    def forget(self, stream: SampleStream) -> None:
+        """Nobody waits any more for what the engine answers to a release."""
+        self._released.pop(stream.handle, None)
 
     async def abort(self, request_id: str, timeout_s: float) -> bool:
         """Aborts by name; True if it was in flight. Raises EngineLost, also without an answer."""
@@ -130,9 +149,10 @@ class EngineLink:
     def fail_all(self, error: EngineLost) -> None:
         """Ends every stream and question with `error`, and refuses new ones with it."""
         self._lost = error
-        for stream in self._streams.values():
-            stream.fail(error)
+        for stream in (*self._streams.values(), *self._released.values()):
+            stream.call.fail(error)
         self._streams.clear()
+        self._released.clear()
         for answer in self._abort_answers.values():
             if not answer.done():
                 answer.set_exception(error)
@@ -156,6 +176,8 @@ class EngineLink:
         while True:
             try:
                 received = await self._reader.read(_READ_BYTES)
+            except ConnectionResetError:
+                received = b""  # closed with something of ours unread
             except OSError as error:
                 raise EngineLost(f"the engine's socket broke: {error}") from None
             if not received:
@@ -163,6 +185,7 @@ class EngineLink:
             self._last_heard = asyncio.get_running_loop().time()
             buffer += received
             self._dispatch_frames(buffer)
+            self._pacer.settle()
 
     def _dispatch_frames(self, buffer: bytearray) -> None:
         """Handles the whole frames at the front of `buffer` and removes them."""
@@ -191,14 +214,19 @@ class EngineLink:
                     f"the engine has said nothing for {self._silence_timeout_s:g} s", is_silent=True
                 )
 
+    async def _tell_alive(self) -> None:
+        """Says every second how many requests have a client: the engine compares with its own."""
+        while True:
+            alive = engine_pb2.Alive(stream_count=self.num_streams)
+            self._send(engine_pb2.FrontendMessage(alive=alive))
+            await asyncio.sleep(_ALIVE_PERIOD_S)
+
     def _dispatch(self, message: engine_pb2.EngineMessage) -> None:
         match message.WhichOneof("message"):
             case "outputs":
                 self._dispatch_outputs(message.outputs)
             case "ended":
-                stream = self._streams.pop(message.ended.handle, None)
-                if stream is not None:
-                    stream.end(message.ended)
+                self._dispatch_ended(message.ended)
             case "state":
                 self._on_state(message.state)
             case "abort_outcome":
@@ -209,6 +237,11 @@ class EngineLink:
                 self._on_drain(message.drain.budget_seconds)
             case other:
                 raise AssertionError(f"engine and frontend disagree on EngineMessage: {other}")
+
+    def _dispatch_ended(self, ended: engine_pb2.Ended) -> None:
+        stream = self._streams.pop(ended.handle, None) or self._released.pop(ended.handle, None)
+        if stream is not None:
+            stream.end(ended)
 
     def _dispatch_outputs(self, outputs: engine_pb2.Outputs) -> None:
         handles = np.frombuffer(outputs.handles, "<i8").tolist()

@@ -5,6 +5,7 @@
         Draining                this coordinator is stopping
         EngineLost              the engine process is gone or silent
         RequestFailed           the engine ended the request with a status
+        SlowClient              the client leaves its output unread
 
 `rejections.py` gives each its gRPC status.
 """
@@ -35,3 +36,13 @@ class RequestFailed(CoordinatorError):
         super().__init__(message)
         self.status_code = status_code
         self.retry_after_s = retry_after_s
+
+
+class SlowClient(CoordinatorError):
+    """The client leaves more output unread than we keep for it, for longer than we wait."""
+
+    def __init__(self, num_unread: int, most_unread: int, limit_s: float) -> None:
+        super().__init__(
+            f"the client reads too slowly: {num_unread} tokens unread, more than {most_unread} "
+            f"for over {limit_s:g} s (--slow-client-seconds)"
+        )

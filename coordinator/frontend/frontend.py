@@ -2,6 +2,7 @@
 
 import asyncio
 import enum
+import gc
 import logging
 import socket
 import time
@@ -17,6 +18,7 @@ from coordinator.frontend.generate_service import GenerateService
 from coordinator.frontend.health import HealthService
 from coordinator.frontend.request_preparer import RequestPreparer
 from coordinator.frontend.server import bind, build_server
+from coordinator.frontend.slow_clients import SlowClientWatch
 
 # For the last messages of streams that have just been ended to reach their clients.
 _FLUSH_SECONDS = 1.0
@@ -50,8 +52,13 @@ class Frontend:
             reader, writer, config.silence_timeout, self._availability.update, self._on_drain
         )
         preparer = RequestPreparer(text, self._availability, config.served_model_name, executor)
+        self._slow_clients = SlowClientWatch(config.slow_client_seconds)
         self._service = GenerateService(
-            self._link, self._availability, preparer, text.model_response(config.served_model_name)
+            self._link,
+            self._availability,
+            preparer,
+            text.model_response(config.served_model_name),
+            self._slow_clients,
         )
         self._server = build_server(self._service.handler(), self._health, config.num_frontends)
         self.port = bind(self._server, config.host, config.port, config.num_frontends)
@@ -61,6 +68,7 @@ class Frontend:
         await self._server.start()
         self._link.report_listening(self.port)
         linked = asyncio.create_task(self._link.run())
+        watching = asyncio.create_task(self._slow_clients.run())
         try:
             ends: set[asyncio.Future[Any]] = {linked, self._drain_budget}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -69,7 +77,8 @@ class Frontend:
             return _ending_of(linked)
         finally:
             linked.cancel()
-            await asyncio.gather(linked, return_exceptions=True)
+            watching.cancel()
+            await asyncio.gather(linked, watching, return_exceptions=True)
             await self._stop_serving()
 
     def _on_drain(self, budget_s: float) -> None:
@@ -110,6 +119,8 @@ async def run_frontend(config: FrontendConfig, engine_socket: socket.socket) -> 
     """Runs a frontend on `engine_socket`. Raises BadCheckpoint, AddressUnavailable."""
     started = time.monotonic()
     text = CheckpointText.load(config.model)
+    gc.collect()
+    gc.freeze()  # what lives as long as the process need not be looked at again
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as executor:
         reader, writer = await asyncio.open_unix_connection(sock=engine_socket)
         frontend = Frontend(config, text, executor, reader, writer)

@@ -1,24 +1,27 @@
 """GenerateService: from a client's message to the engine and back, on the event loop.
 
 A request's life here: prepare (validate, tokenise on another thread), submit, wait for the engine's
-acceptance, then `started`, deltas, `finished`. Whatever ends the RPC early (client gone, deadline,
-error) releases the request in the engine; that is the `finally` of `_events`.
+acceptance, then `started`, deltas, `finished` (call.py). Whatever ends the RPC early (client gone,
+deadline, error) releases the request in the engine; that is the `finally` of `_call`.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
 
 from coordinator.frontend.availability import Availability
+from coordinator.frontend.call import Call
 from coordinator.frontend.engine_link import EngineLink
-from coordinator.frontend.errors import RequestFailed
+from coordinator.frontend.errors import SlowClient
 from coordinator.frontend.rejections import answered
-from coordinator.frontend.request_preparer import PreparedRequest, RequestPreparer, check_request_id
-from coordinator.frontend.stream import RequestStream
+from coordinator.frontend.request_preparer import CallClock, RequestPreparer, check_request_id
+from coordinator.frontend.slow_clients import SlowClientWatch
+from coordinator.frontend.trailing_metadata import frontend_metadata
+from coordinator.frontend.unary_answer import UnaryAnswer
 from coordinator.frontend.wire import deserialiser
 from protos.lockstep.v1 import generate_pb2
 
@@ -35,11 +38,13 @@ class GenerateService:
         availability: Availability,
         preparer: RequestPreparer,
         model: generate_pb2.GetModelInfoResponse,
+        slow_clients: SlowClientWatch,
     ) -> None:
         self._link = link
         self._availability = availability
         self._preparer = preparer
         self._model = model
+        self._slow_clients = slow_clients
         self._num_calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -71,28 +76,21 @@ class GenerateService:
 
     async def generate(self, request: generate_pb2.GenerateRequest, context: Any) -> None:
         """Streams events as fast as the client takes them; what queues meanwhile is joined."""
-        async with contextlib.aclosing(self._events(request, context)) as events:
-            async for event in events:
-                await context.write(event)
+        async with self._call(request, context) as call, self._slow_clients.watch(call.streams):
+            while not call.is_done:
+                for event in await call.next_events():
+                    await context.write(event)
 
     async def generate_unary(
         self, request: generate_pb2.GenerateUnaryRequest, context: Any
     ) -> generate_pb2.GenerateUnaryResponse:
         """The same events, joined."""
-        response = generate_pb2.GenerateUnaryResponse()
-        texts = []
-        async with contextlib.aclosing(self._events(request.request, context)) as events:
-            async for event in events:
-                if event.HasField("started"):
-                    response.started.CopyFrom(event.started)
-                elif event.HasField("finished"):
-                    response.finished.CopyFrom(event.finished)
-                else:
-                    texts.append(event.delta.text)
-                    response.output.token_ids.extend(event.delta.token_ids)
-                    response.output.logprobs.extend(event.delta.logprobs)
-        response.output.text = "".join(texts)
-        return response
+        async with self._call(request.request, context) as call:
+            answer = UnaryAnswer(call.num_samples)
+            while not call.is_done:
+                for event in await call.next_events():
+                    answer.add(event)
+        return answer.response(call.cached_token_count)
 
     async def abort(
         self, request: generate_pb2.AbortRequest, context: Any
@@ -118,31 +116,32 @@ class GenerateService:
         """The engine's last report, at most a second old."""
         return self._availability.server_response
 
-    async def _events(
+    @contextlib.asynccontextmanager
+    async def _call(
         self, request: generate_pb2.GenerateRequest, context: Any
-    ) -> AsyncGenerator[generate_pb2.GenerateResponse]:
-        """One request's events. Closing it early releases the request."""
+    ) -> AsyncIterator[Call]:
+        """One call in the engine, for the length of the block; what still runs then is released.
+
+        Trailing metadata say where the time went, however it ends.
+        """
         with self._counted_call():
-            arrival_time = time.monotonic()
+            clock = _clock(context)
             self._availability.require_ready()
-            prepared = await self._preparer.prepare(request, arrival_time)
-            if prepared.output.matched_stop is not None:
-                # The resumed output already held a stop text: nothing is left to generate.
-                yield generate_pb2.GenerateResponse(started=prepared.started)
-                yield generate_pb2.GenerateResponse(finished=prepared.output.finished(None))
-                return
+            prepared = await self._preparer.prepare(request, clock)
             self._availability.require_ready()  # it may have changed while we tokenised
-            stream = self._link.submit(prepared.submit, prepared.wants_logprobs)
-            output = prepared.output
+            call = Call(prepared, self._link)
+            frontend_s = time.monotonic() - clock.arrival_time
+            is_slow = False
             try:
-                async for event in _stream_events(prepared, stream):
-                    if event.HasField("finished"):
-                        # Ends what a stop text cuts off; nothing after the engine's own end.
-                        self._link.release(stream, "stop", output.num_output_tokens)
-                    yield event
+                yield call
+                await call.wait_for_times()
+            except SlowClient:
+                is_slow = True
+                raise
             finally:
-                reason = "deadline" if context.time_remaining() == 0 else "cancelled"
-                self._link.release(stream, reason, output.num_output_tokens)
+                is_late = context.time_remaining() == 0
+                call.close("slow_client" if is_slow else "deadline" if is_late else "cancelled")
+                context.set_trailing_metadata((*frontend_metadata(frontend_s), *call.metadata()))
 
     @contextlib.contextmanager
     def _counted_call(self) -> Iterator[None]:
@@ -156,29 +155,9 @@ class GenerateService:
                 self._idle.set()
 
 
-async def _stream_events(
-    prepared: PreparedRequest, stream: RequestStream
-) -> AsyncGenerator[generate_pb2.GenerateResponse]:
-    """`started` at the engine's first word, deltas, `finished`.
-
-    Raises RequestFailed, EngineLost.
-    """
-    is_started = False
-    while True:
-        update = await stream.take()
-        ended = update.ended
-        is_failed = ended is not None and ended.status_code != 0
-        if not is_started and not (is_failed and not update.token_ids):
-            is_started = True
-            yield generate_pb2.GenerateResponse(started=prepared.started)
-        delta = prepared.output.push(update)
-        if delta is not None:
-            yield generate_pb2.GenerateResponse(delta=delta)
-        if prepared.output.matched_stop is not None or (ended is not None and not is_failed):
-            yield generate_pb2.GenerateResponse(finished=prepared.output.finished(ended))
-            return
-        if ended is not None:
-            raise RequestFailed(ended.status_code, ended.status_message, ended.retry_after_seconds)
+def _clock(context: Any) -> CallClock:
+    now, remaining = time.monotonic(), context.time_remaining()
+    return CallClock(arrival_time=now, deadline=0.0 if remaining is None else now + remaining)
 
 
 def _count_nothing(reason: str) -> None:

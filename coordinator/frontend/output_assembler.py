@@ -113,7 +113,7 @@ class OutputAssembler:
         if self._detokenizer is None:
             self._complete.append((token_id, 0))
             return
-        text = "" if token_id in self._stop_ids else self._detokenizer.push((token_id,))
+        text = "" if token_id in self._stop_ids else self._detokenizer.push_one(token_id)
         self._incomplete.append(token_id)
         self._add_text(text, completes_ids=not self._detokenizer.pending)
 

@@ -8,7 +8,7 @@ import grpc
 from google.protobuf.message import Message
 
 from coordinator.errors import BadRequest, CoordinatorError, TextUnavailable
-from coordinator.frontend.errors import Draining, EngineLost, NotReady, RequestFailed
+from coordinator.frontend.errors import Draining, EngineLost, NotReady, RequestFailed, SlowClient
 from coordinator.frontend.wire import Unparsable
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
@@ -41,6 +41,8 @@ def rejection_of(error: CoordinatorError) -> Rejection:
             rejection = Rejection(grpc.StatusCode.UNAVAILABLE, "draining")
         case EngineLost():
             rejection = Rejection(grpc.StatusCode.UNAVAILABLE, None)
+        case SlowClient():
+            rejection = Rejection(grpc.StatusCode.RESOURCE_EXHAUSTED, None)
         case RequestFailed(status_code=code, retry_after_s=retry_after_s):
             rejection = Rejection(_CODES[code], None, retry_after_s)
         case _:
@@ -66,7 +68,8 @@ def answered(
             pushback: tuple[tuple[str, str], ...] = ()
             if rejection.retry_after_s > 0:
                 pushback = ((_PUSHBACK_KEY, str(round(rejection.retry_after_s * 1000))),)
-            await context.abort(rejection.status, str(error), pushback)
+            metadata = (*context.trailing_metadata(), *pushback)
+            await context.abort(rejection.status, str(error), metadata)
             raise AssertionError("abort always raises") from error
 
     return handler

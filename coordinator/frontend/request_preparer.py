@@ -22,6 +22,7 @@ from coordinator.frontend.validation import (
     RequestFields,
     SamplingParams,
     check_prompt_length,
+    check_scheduling,
     check_text,
     check_text_length,
     check_token_ids,
@@ -37,12 +38,25 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request ready for the engine, and what will turn its ids into the client's events."""
+    """A request ready for the engine, and what will turn its ids into the client's events.
 
-    submit: engine_pb2.Submit
+    One entry a sample in `submits` and `outputs`.
+    """
+
+    submits: list[engine_pb2.Submit]
     started: generate_pb2.Started
-    output: OutputStream
+    outputs: list[OutputStream]
     wants_logprobs: bool
+    is_complete: bool
+    """The resumed output already holds a stop text: nothing is left to generate."""
+
+
+@dataclass(frozen=True)
+class CallClock:
+    """CLOCK_MONOTONIC, in seconds: when a call arrived, and when its deadline passes (0: none)."""
+
+    arrival_time: float
+    deadline: float
 
 
 class RequestPreparer:
@@ -61,38 +75,53 @@ class RequestPreparer:
         self._executor = executor
 
     async def prepare(
-        self, request: generate_pb2.GenerateRequest, arrival_time: float
+        self, request: generate_pb2.GenerateRequest, clock: CallClock
     ) -> PreparedRequest:
-        """Raises BadRequest, TextUnavailable. `arrival_time`: CLOCK_MONOTONIC, seconds."""
+        """Raises BadRequest, TextUnavailable."""
         limits = self._limits()
         request_id = request.request_id or uuid.uuid4().hex
         check_request_id(request_id)
         self._check_model(request.model)
+        check_scheduling(request.priority, request.tenant)
         fields = _request_fields(request.sampling_params)
         resumed = _checked_ids("resume_output_ids", request.resume_output_ids, limits)
         prompt = await self._prompt_ids(request, limits)
         params = resolve_sampling(fields, self._text.defaults, limits, len(prompt), len(resumed))
-        assembler = OutputAssembler(
+        common = engine_pb2.Submit(
+            request_id=request_id,
+            prompt_ids=_packed(prompt),
+            resume_output_ids=_packed(resumed),
+            sampling_params=_resolved_message(params),
+            stop_ids=_packed(np.asarray(params.stop_ids)),
+            arrival_time=clock.arrival_time,
+            priority=request.priority,
+            tenant=request.tenant,
+            use_prefix_cache=not request.HasField("use_prefix_cache") or request.use_prefix_cache,
+            deadline=clock.deadline,
+        )
+        outputs = [
+            OutputStream(self._assembler(params, resumed.tolist()), len(prompt), index)
+            for index in range(params.num_samples)
+        ]
+        return PreparedRequest(
+            submits=[
+                _sample_submit(common, params.sample_seed(index)) for index in range(len(outputs))
+            ],
+            started=generate_pb2.Started(
+                request_id=request_id, seed=params.seed, prompt_token_count=len(prompt)
+            ),
+            outputs=outputs,
+            wants_logprobs=params.num_logprobs is not None,
+            is_complete=outputs[0].matched_stop is not None,
+        )
+
+    def _assembler(self, params: SamplingParams, resumed: list[int]) -> OutputAssembler:
+        return OutputAssembler(
             self._text.tokenizer,
             stops=params.stop,
             stop_ids=params.stop_ids,
             min_tokens=params.min_tokens,
-            resume_output_ids=resumed.tolist(),
-        )
-        return PreparedRequest(
-            submit=engine_pb2.Submit(
-                request_id=request_id,
-                prompt_ids=_packed(prompt),
-                resume_output_ids=_packed(resumed),
-                sampling_params=_resolved_message(params),
-                stop_ids=_packed(np.asarray(params.stop_ids)),
-                arrival_time=arrival_time,
-            ),
-            started=generate_pb2.Started(
-                request_id=request_id, seed=params.seed, prompt_token_count=len(prompt)
-            ),
-            output=OutputStream(assembler, len(prompt)),
-            wants_logprobs=params.num_logprobs is not None,
+            resume_output_ids=resumed,
         )
 
     def _limits(self) -> ModelLimits:
@@ -178,7 +207,15 @@ def _resolved_message(params: SamplingParams) -> generate_pb2.SamplingParams:
         min_tokens=params.min_tokens,
         ignore_eos=params.ignore_eos,
         logprobs=params.num_logprobs,
+        n=params.num_samples,
     )
+
+
+def _sample_submit(common: engine_pb2.Submit, seed: int) -> engine_pb2.Submit:
+    submit = engine_pb2.Submit()
+    submit.CopyFrom(common)
+    submit.sampling_params.seed = seed
+    return submit
 
 
 def _packed(ids: npt.NDArray[np.integer]) -> bytes:

@@ -1,65 +1,125 @@
-"""What the engine has said about one request and its RPC has not yet taken."""
+"""What the engine has said about one call's samples and its RPC has not yet taken."""
 
 import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from coordinator.frontend.errors import EngineLost
+from coordinator.errors import CoordinatorError
 from protos.lockstep.v1 import engine_pb2, generate_pb2
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StreamUpdate:
-    """Everything that had queued for a request.
+    """Everything that had queued for a sample.
 
-    `logprobs` has one entry per id, or none. `ended` is set once, in the last update.
+    `logprobs` has one entry per id, or none. `ended` is set once, in the sample's last update.
     """
 
+    sample_index: int
     token_ids: list[int]
     logprobs: list[generate_pb2.TokenLogprobs]
     ended: engine_pb2.Ended | None
 
 
-class RequestStream:
-    """Queue between the engine's socket (push, end, fail) and one RPC (take), on one event loop.
+class SampleStream:
+    """One sample's queue: the engine's socket pushes and ends, `CallStreams.take` empties it."""
 
-    While the client's socket is busy, tokens gather here and the next `take` returns them all. The
-    queue holds at most `max_tokens` ids: a client that does not read costs their memory, no more.
-    """
+    __slots__ = ("_update", "call", "handle", "sample_index")
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, call: "CallStreams", sample_index: int, handle: int) -> None:
         self.handle = handle
-        self._token_ids: list[int] = []
-        self._logprobs: list[generate_pb2.TokenLogprobs] = []
-        self._ended: engine_pb2.Ended | None = None
-        self._error: EngineLost | None = None
-        self._arrived = asyncio.Event()
+        self.sample_index = sample_index
+        self.call = call
+        self._update: StreamUpdate | None = None
 
-    def push(self, token_ids: list[int], logprobs: list[generate_pb2.TokenLogprobs]) -> None:
+    @property
+    def num_unread(self) -> int:
+        """Ids that queue."""
+        return 0 if self._update is None else len(self._update.token_ids)
+
+    def push(
+        self, token_ids: Sequence[int], logprobs: Sequence[generate_pb2.TokenLogprobs]
+    ) -> None:
         """Adds output; no ids at all means that the engine has accepted the request."""
-        self._token_ids += token_ids
-        self._logprobs += logprobs
-        self._arrived.set()
+        update = self._queued()
+        update.token_ids += token_ids
+        update.logprobs += logprobs
 
     def end(self, ended: engine_pb2.Ended) -> None:
         """Adds the engine's last word."""
-        self._ended = ended
-        self._arrived.set()
+        self._queued().ended = ended
 
-    def fail(self, error: EngineLost) -> None:
-        """The engine is lost: what has queued is given out first, then `take` raises `error`."""
-        self._error = error
-        self._arrived.set()
-
-    async def take(self) -> StreamUpdate:
-        """Waits for something and returns all there is. Raises EngineLost.
-
-        The wait is bounded by the engine's silence limit, which ends in `fail`.
-        """
-        await self._arrived.wait()
-        if self._error is not None and not self._token_ids and self._ended is None:
-            raise self._error
-        update = StreamUpdate(self._token_ids, self._logprobs, self._ended)
-        self._token_ids, self._logprobs = [], []
-        if self._error is None and self._ended is None:
-            self._arrived.clear()
+    def taken(self) -> StreamUpdate:
+        """Empties the queue, which holds something."""
+        update, self._update = self._update, None
+        assert update is not None
         return update
+
+    def _queued(self) -> StreamUpdate:
+        update = self._update
+        if update is None:
+            update = self._update = StreamUpdate(self.sample_index, [], [], None)
+            self.call.arrive(self)
+        return update
+
+
+class CallStreams:
+    """The queues of one call's samples, and its RPC's wait for news of any. On one event loop.
+
+    While the client's transport is busy, tokens gather here and the next `take` returns them all.
+    """
+
+    def __init__(
+        self, handles: Sequence[int], on_news: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """`on_news` is told when something queues again, and calls what it is given: `wake`."""
+        self.samples = [SampleStream(self, index, handle) for index, handle in enumerate(handles)]
+        self.unread_since: float | None = None
+        """CLOCK_MONOTONIC when too much was first seen to queue since the last `take`."""
+        self._on_news = on_news
+        self._news: list[SampleStream] = []
+        self._is_awake = False
+        self._error: CoordinatorError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def num_unread(self) -> int:
+        """Ids that queue, of all samples."""
+        return sum(sample.num_unread for sample in self._news)
+
+    def arrive(self, sample: SampleStream) -> None:
+        """A sample has something to take."""
+        if not self._news:
+            self._on_news(self.wake)
+        self._news.append(sample)
+
+    def wake(self) -> None:
+        """Lets `take` return what there is."""
+        self._is_awake = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def fail(self, error: CoordinatorError) -> None:
+        """No more will come: what has queued is given out first, then `take` raises `error`."""
+        self._error = error
+        self.wake()
+
+    async def take(self) -> list[StreamUpdate]:
+        """Waits for something and returns all there is, at most one update a sample.
+
+        For one task. The wait is bounded by the engine's silence limit, which ends in `fail`.
+        """
+        if not self._is_awake:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if not self._news:
+            assert self._error is not None
+            raise self._error
+        updates = [sample.taken() for sample in self._news]
+        self._news.clear()
+        self._is_awake = self._error is not None
+        self.unread_since = None
+        return updates

@@ -31,6 +31,8 @@ class Stage:
 
     pending = False
     """Whether something that was fed is still held."""
+    is_memoryless = False
+    """While nothing is held, what a piece gives depends on no piece before it."""
 
     def feed(self, piece: str) -> Sequence[str]:
         """Takes the next piece; returns what is now certain."""
@@ -49,6 +51,8 @@ class ByteLevelStage(Stage):
 
     A token with a character outside the alphabet (an added token) stands for its own UTF-8 bytes.
     """
+
+    is_memoryless = True
 
     def __init__(self, token_bytes: Callable[[str], bytes]) -> None:
         self._token_bytes = token_bytes
@@ -69,6 +73,8 @@ class ByteFallbackStage(Stage):
 
     Whether a run is UTF-8 shows only at its end, so the whole run is held until then.
     """
+
+    is_memoryless = True
 
     def __init__(self) -> None:
         self._run = bytearray()
@@ -94,6 +100,8 @@ class ByteFallbackStage(Stage):
 class ReplaceStage(Stage):
     """Replaces a string in every piece."""
 
+    is_memoryless = True
+
     def __init__(self, pattern: str, content: str) -> None:
         self._pattern = pattern
         self._content = content
@@ -117,6 +125,8 @@ class MetaspaceStage(Stage):
 
 class StripEachStage(Stage):
     """Strips up to `count` leading `content` characters from every piece."""
+
+    is_memoryless = True
 
     def __init__(self, content: str, count: int) -> None:
         self._content = content

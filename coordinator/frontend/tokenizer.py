@@ -36,6 +36,7 @@ class Tokenizer:
         self._stage_factories = parse_decoder(decoder)
         self._is_byte_level = decoder is not None and "ByteLevel" in json.dumps(decoder)
         self._tokens = _tokens_by_id(rust)
+        self._settled_texts: dict[bool, dict[int, str]] = {False: {}, True: {}}
         added = rust.get_added_tokens_decoder()
         self._special_ids = frozenset(
             token_id for token_id, token in added.items() if token.special
@@ -116,6 +117,13 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether the id is one of a special (control) token."""
         return token_id in self._special_ids
+
+    def settled_texts(self, skip_special_tokens: bool) -> dict[int, str]:
+        """Where detokenisers remember texts of ids that depend on no other id.
+
+        As many entries as the vocabulary has tokens at most.
+        """
+        return self._settled_texts[skip_special_tokens]
 
     def new_decoder_stages(self) -> list[Stage]:
         """Fresh streaming stages of this tokenizer's decoder, in order."""

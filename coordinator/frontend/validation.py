@@ -15,9 +15,12 @@ from coordinator.errors import BadRequest, TextUnavailable
 from coordinator.frontend.generation_defaults import GenerationDefaults
 from coordinator.frontend.sampling_limits import (
     MAX_LOGPROBS,
+    MAX_PRIORITY,
+    MAX_SAMPLES,
     MAX_STOP_IDS,
     MAX_STOP_STRING_CHARS,
     MAX_STOP_STRINGS,
+    MAX_TENANT_CHARS,
     SAMPLING_RANGES,
     Range,
 )
@@ -55,6 +58,7 @@ class RequestFields:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool | None = None
     logprobs: int | None = None
+    n: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,11 @@ class SamplingParams:
     ignore_eos: bool
     num_logprobs: int | None
     """None: none wanted."""
+    num_samples: int = 1
+
+    def sample_seed(self, sample_index: int) -> int:
+        """The sample's own seed, in signed 64 bits as the noise takes it."""
+        return (self.seed + sample_index + 2**63) % 2**64 - 2**63
 
 
 def random_seed() -> int:
@@ -112,6 +121,10 @@ def resolve_sampling(
         raise BadRequest("seed", seed, "a signed 64-bit integer")
     if fields.logprobs is not None:
         Range(0, MAX_LOGPROBS).check("logprobs", fields.logprobs)
+    num_samples = 1 if fields.n is None else fields.n
+    Range(1, MAX_SAMPLES).check("n", num_samples)
+    if num_resumed_tokens and num_samples > 1:
+        raise BadRequest("n", num_samples, "1 with resume_output_ids, which are of one sample")
     ignore_eos = bool(fields.ignore_eos)
     return SamplingParams(
         temperature=_in_range("temperature", fields.temperature, defaults.temperature),
@@ -130,7 +143,15 @@ def resolve_sampling(
         stop_ids=_stop_ids(fields, () if ignore_eos else defaults.eos_token_ids, limits),
         ignore_eos=ignore_eos,
         num_logprobs=fields.logprobs,
+        num_samples=num_samples,
     )
+
+
+def check_scheduling(priority: int, tenant: str) -> None:
+    """Refuses what the queue cannot order by."""
+    Range(-MAX_PRIORITY, MAX_PRIORITY).check("priority", priority)
+    if len(tenant) > MAX_TENANT_CHARS:
+        raise BadRequest("tenant", tenant, f"at most {MAX_TENANT_CHARS} characters long")
 
 
 def check_text(field: str, text: str, limits: ModelLimits) -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from protos.lockstep.v1.worker_pb2 import TableDelta
+from tests.helpers.command_maker import packed
 from tests.helpers.tiny_models import write_tiny_model
 from tests.unit.worker.test_executor import (
     PROMPT,
     Commands,
     engine_config,
     opening,
-    packed,
     prefill,
 )
 from worker.config import WorkerConfig
@@ -35,7 +35,7 @@ def run_history(model_dir: Path, use_graphs: bool) -> list[list[tuple[int, int]]
     rank = Rank(config, load_model_spec(model_dir))
     settings = engine_config()
     settings.comm, settings.use_graphs, settings.gpu_memory_fraction = "nccl", use_graphs, 0.9
-    rank.load(settings, lambda done, total: None)
+    rank.load(settings)
     rank.join(b"", timeout_s=10)
     rank.capture()
     rank.init_kv_cache(60, epoch=1)

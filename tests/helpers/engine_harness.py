@@ -16,6 +16,7 @@ from coordinator.metrics import EngineMetrics
 from coordinator.model_config import ModelConfig
 from coordinator.outbox import Outbox
 from coordinator.request_book import RequestBook
+from coordinator.step_log import StepLog
 from protos.lockstep.v1 import engine_pb2, generate_pb2
 from tests.helpers.fake_worker import FakeSettings, FakeWorker
 
@@ -32,6 +33,11 @@ def make_submit(
     stop_ids: Sequence[int] = (),
     resume: Sequence[int] = (),
     logprobs: int | None = None,
+    group: int = 0,
+    tenant: str = "",
+    priority: int = 0,
+    deadline: float = 0.0,
+    use_prefix_cache: bool = False,
     **sampling: Any,
 ) -> engine_pb2.Submit:
     """A Submit as frontends send it: every parameter set."""
@@ -57,7 +63,12 @@ def make_submit(
         resume_output_ids=pack(resume),
         sampling_params=params,
         stop_ids=pack(stop_ids),
+        use_prefix_cache=use_prefix_cache,
         arrival_time=asyncio.get_running_loop().time(),
+        group=group,
+        tenant=tenant,
+        priority=priority,
+        deadline=deadline,
     )
 
 
@@ -152,7 +163,7 @@ class Harness:
 
     async def settled(self, limit_s: float = LIMIT_S) -> None:
         """Waits until nothing runs or waits and every block is free again."""
-        batch = self.book._batch
+        batch = self.book.batch
         assert batch is not None
         async with asyncio.timeout(limit_s):
             while batch.num_running or len(batch.queue) or batch.num_unreported:
@@ -161,7 +172,12 @@ class Harness:
         assert batch.allocator.num_free_blocks == batch.allocator.num_usable_blocks
 
     async def restart_workers(self) -> None:
-        """Does what a supervisor does: starts every worker that has ended on its old port."""
+        """Does what a supervisor does: starts workers on their old ports once they have ended.
+
+        Before, the Shutdown that is meant for the old one could end the new one.
+        """
+        async with asyncio.timeout(LIMIT_S):
+            await asyncio.gather(*(worker.is_shut_down.wait() for worker in self.workers))
         for rank, worker in enumerate(self.workers):
             await worker.stop()
             self.workers[rank] = FakeWorker(self.settings[rank])
@@ -170,16 +186,23 @@ class Harness:
 
 @asynccontextmanager
 async def running_group(
-    settings: Sequence[FakeSettings] = (), is_awaited: bool = True, **config: Any
+    settings: Sequence[FakeSettings] = (),
+    is_awaited: bool = True,
+    metrics: EngineMetrics | None = None,
+    step_log: StepLog | None = None,
+    **config: Any,
 ) -> AsyncIterator[Harness]:
-    """Starts fake ranks and a leader; waits until the group is up unless told not to."""
+    """Starts fake ranks and a leader; waits until the group is up unless told not to.
+
+    `step_log` stays the caller's to close.
+    """
     settings = list(settings) or [FakeSettings(), FakeSettings()]
     workers = [FakeWorker(one) for one in settings]
     addresses = [await worker.serve() for worker in workers]
     made = make_config(addresses, **config)
     outbox, heard = Outbox(), Heard()
-    metrics = EngineMetrics("fake")
-    book = RequestBook(outbox, metrics, made.max_queue_requests)
+    metrics = metrics or EngineMetrics("fake")
+    book = RequestBook(outbox, metrics, made.max_queue_requests, made.max_queue_prompt_tokens)
 
     def flush() -> None:
         for messages in outbox.take().values():
@@ -190,7 +213,7 @@ async def running_group(
         heard.hear(status.message())
 
     status = GroupStatus(made, metrics, tell_state)
-    leader = GroupLeader(made, MODEL, "digest", book, status, metrics, flush)
+    leader = GroupLeader(made, MODEL, "digest", book, status, metrics, flush, step_log)
     task = asyncio.create_task(leader.run())
     harness = Harness(workers, settings, book, leader, status, metrics, heard, task)
     try:

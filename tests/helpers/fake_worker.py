@@ -1,13 +1,15 @@
 """A worker without a model: follows docs/protocol.md in this process, over real gRPC.
 
 It keeps its own tables from the deltas, refuses what the protocol says a worker refuses, and takes
-its tokens from `choose_token`, so that a test knows every output beforehand.
+its tokens from `choose_token`, so that a test knows every output beforehand. It remembers which
+token ids were written to every block: a slot opened with cached blocks continues what they really
+hold, so that a wrong block shows as a refusal or as another output.
 """
 
 import asyncio
 import hashlib
 import os
-import struct
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -16,14 +18,12 @@ import grpc
 from coordinator.failure import boot_id, start_ticks
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import worker_pb2, worker_pb2_grpc
-
-FLAG_STOP = 1
-FLAG_NOT_FINITE = 2
+from tests.helpers.fake_tables import FakeTables, Refusal, require
 
 
 def successor(token_ids: list[int]) -> int:
-    """A token that depends on the last one and the position, so that slips show."""
-    return (token_ids[-1] * 7 + len(token_ids)) % 1000
+    """A token that depends on every one before it and on their order, so that slips show."""
+    return hash(tuple(token_ids)) % 1000
 
 
 def expected_output(
@@ -50,6 +50,7 @@ class FakeSettings:
     choose_token: Callable[[list[int]], int] = successor
     phase_errors: dict[str, tuple[grpc.StatusCode, str]] = field(default_factory=dict)
     is_stalled: bool = False
+    stall_at_command: int = 0
     fail_at_command: int = 0
     fail_message: str = "planted failure"
     refuse_at_command: int = 0
@@ -58,25 +59,8 @@ class FakeSettings:
     last_error: str = ""
     not_finite_token: int = -1  # choosing this token counts as non-finite logits
     step_micros: int = 5000
-    delay_s: float = 0.0
-
-
-@dataclass
-class _Slot:
-    prompt_len: int
-    prefill_len: int
-    limit: int
-    block_ids: list[int]
-    stop_ids: tuple[int, ...]
-    min_tokens: int
-    num_logprobs: int
-    token_ids: list[int] = field(default_factory=list)
-    position: int = 0
-    is_stopped: bool = False
-
-
-class Refusal(Exception):
-    """The command must not run."""
+    comm_micros: int = 1000  # of every step; -1: not measured
+    delay_s: float = 0.0  # for every step
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
@@ -93,8 +77,6 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self._epoch = 0
         self._rank = 0
         self._num_blocks = 0
-        self._slots: dict[int, _Slot] = {}
-        self._rows: dict[int, int] = {}
         self._released = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None
 
@@ -177,13 +159,17 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self, request_iterator: AsyncIterator[worker_pb2.ExecuteRequest], context: object
     ) -> AsyncIterator[worker_pb2.ExecuteResponse]:
         self.calls.append("Execute")
-        self._slots.clear()
-        self._rows.clear()
+        tables = FakeTables(self.settings, self.config, self._num_blocks, self._rank)
+        idle_s = 0.0
         fence = _Fence(self._epoch)
+        waiting_since = time.monotonic()
         async for request in request_iterator:
+            arrived = time.monotonic()
             command = request.command
             settings = self.settings
-            if settings.is_stalled:
+            if command.first_step > 1:
+                idle_s += arrived - waiting_since
+            if settings.is_stalled or command.command_id == settings.stall_at_command:
                 await self._released.wait()
             if command.command_id == settings.break_stream_at_command:
                 return
@@ -195,17 +181,19 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                     raise Refusal("planted refusal")
                 fence.check(command)
                 delta = worker_pb2.TableDelta.FromString(command.delta)
-                self._apply(delta)
-                if command.table_digest and command.table_digest != self.digest():
+                tables.apply(delta)
+                if command.table_digest and command.table_digest != tables.digest():
                     raise Refusal(f"tables differ at command {command.command_id}")
             except Refusal as refusal:
                 yield self._failure(command, str(refusal), is_refusal=True)
                 break
             self.commands.append(command)
             if settings.delay_s:
-                await asyncio.sleep(settings.delay_s)
-            for report in self._run(command, delta):
+                await asyncio.sleep(settings.delay_s * max(1, command.step_count))
+            tables.idle_micros = round(idle_s * 1e6)
+            for report in tables.run(command, delta, round(arrived * 1e6)):
                 yield report
+            waiting_since = time.monotonic()
         async for _ in request_iterator:  # stays until its words are read, as a worker does
             pass
 
@@ -221,16 +209,6 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self._released.set()
         self._stopping = asyncio.create_task(self._server.stop(grace=0.05))
         return worker_pb2.ShutdownResponse()
-
-    def digest(self) -> bytes:
-        """Of this worker's own tables, as docs/protocol.md lays them out."""
-        words = [len(self._rows), *(self._rows[row] for row in range(len(self._rows)))]
-        for number in sorted(self._slots):
-            slot = self._slots[number]
-            words += [number, slot.prompt_len, slot.prefill_len, slot.limit, len(slot.block_ids)]
-            words += slot.block_ids
-        packed = struct.pack(f"<{len(words)}i", *words)
-        return hashlib.blake2b(packed, digest_size=32).digest()[:8]
 
     async def _enter(self, method: str, context, epoch: int | None = None) -> None:  # type: ignore[no-untyped-def]
         self.calls.append(method)
@@ -252,131 +230,6 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             )
         )
 
-    def _apply(self, delta: worker_pb2.TableDelta) -> None:
-        for (number,) in unpack(delta.closed_slots, 1):
-            _require(number in self._slots, f"close of slot {number}, which is not open")
-            del self._slots[number]
-        for opening in delta.opened_slots:
-            self._open(opening)
-        for number, index, block_id in unpack(delta.block_appends, 3):
-            _require(index == len(self._slots[number].block_ids), "a block out of turn")
-            _require(0 < block_id < self._num_blocks, f"block {block_id} is out of range")
-            self._slots[number].block_ids.append(block_id)
-        for number, limit in unpack(delta.limits, 2):
-            slot = self._slots[number]
-            _require(limit >= slot.limit, "a limit falls")
-            slot.limit = limit
-        for row, number in unpack(delta.row_changes, 2):
-            self._rows.pop(row, None)
-            if number:
-                self._rows[row] = number
-        _require(sorted(self._rows) == list(range(delta.row_count)), "rows have holes")
-        in_rows = list(self._rows.values())
-        _require(len(set(in_rows)) == len(in_rows), "a slot has two rows")
-        _require(set(in_rows) <= set(self._slots), "a row names a closed slot")
-        self._check_blocks()
-
-    def _open(self, opening: worker_pb2.SlotOpen) -> None:
-        _require(opening.slot not in self._slots, f"slot {opening.slot} is open")
-        _require(1 <= opening.slot <= self.config.max_num_seqs, f"slot {opening.slot} is no slot")
-        self._slots[opening.slot] = _Slot(
-            opening.prompt_len,
-            opening.prefill_len,
-            opening.limit,
-            [block_id for (block_id,) in unpack(opening.block_ids, 1)],
-            tuple(stop_id for (stop_id,) in unpack(opening.stop_ids, 1)),
-            opening.min_tokens,
-            opening.logprob_count,
-        )
-
-    def _check_blocks(self) -> None:
-        used = [block_id for slot in self._slots.values() for block_id in slot.block_ids]
-        _require(len(set(used)) == len(used), "a block has two owners")
-        _require(all(0 < block_id < self._num_blocks for block_id in used), "no such block")
-        for slot in self._slots.values():
-            covered = len(slot.block_ids) * self.config.block_size
-            _require(slot.limit <= covered, "a limit is beyond the blocks")
-            _require(slot.limit < self.config.max_model_len, "a limit is beyond the context")
-
-    def _run(
-        self, command: worker_pb2.StepCommand, delta: worker_pb2.TableDelta
-    ) -> list[worker_pb2.ExecuteResponse]:
-        last_step = command.first_step + command.step_count - 1
-        reports = []
-        for offset in range(command.step_count):
-            entries = [self._decode(self._slots[self._rows[row]]) for row in sorted(self._rows)]
-            asked = [self._slots[self._rows[row]].num_logprobs >= 0 for row in sorted(self._rows)]
-            if offset == 0:
-                for slot, is_final in self._prefill(delta):
-                    if is_final:
-                        entries.append(self._choose(slot))
-                        asked.append(slot.num_logprobs >= 0)
-            reports.append(self._result(command, command.first_step + offset, entries, any(asked)))
-        if self._rank == 0 and command.step_count:
-            return reports
-        progress = worker_pb2.RankProgress(
-            command_id=command.command_id, step=last_step, all_reduce_count=last_step
-        )
-        return [worker_pb2.ExecuteResponse(progress=progress)]
-
-    def _result(
-        self,
-        command: worker_pb2.StepCommand,
-        step: int,
-        entries: list[tuple[int, int]],
-        with_logprobs: bool,
-    ) -> worker_pb2.ExecuteResponse:
-        result = worker_pb2.StepResult(
-            command_id=command.command_id,
-            step=step,
-            token_ids=struct.pack(f"<{len(entries)}i", *(token for token, _ in entries)),
-            flags=bytes(flags for _, flags in entries),
-            step_micros=self.settings.step_micros,
-            all_reduce_count=step,
-        )
-        if with_logprobs:
-            count = len(entries)
-            result.logprobs = struct.pack(f"<{count}f", *(-0.5 for _ in entries))
-            result.top_token_ids = struct.pack(f"<{count * 20}i", *(list(range(20)) * count))
-            result.top_logprobs = struct.pack(f"<{count * 20}f", *([-1.0] * 20 * count))
-        return worker_pb2.ExecuteResponse(result=result)
-
-    def _prefill(self, delta: worker_pb2.TableDelta) -> list[tuple[_Slot, bool]]:
-        token_ids = [token_id for (token_id,) in unpack(delta.chunk_token_ids, 1)]
-        run = []
-        for number, start, length in unpack(delta.chunks, 3):
-            slot = self._slots[number]
-            assert start == len(slot.token_ids), "a chunk out of turn"
-            assert start + length <= min(slot.prefill_len, slot.limit), "a chunk beyond its limit"
-            slot.token_ids += token_ids[:length]
-            del token_ids[:length]
-            run.append((slot, len(slot.token_ids) == slot.prefill_len))
-        assert not token_ids, "ids without a chunk"
-        return run
-
-    def _decode(self, slot: _Slot) -> tuple[int, int]:
-        assert slot.position >= slot.prefill_len, "a row that is not prefilled"
-        if slot.is_stopped or slot.position >= slot.limit:
-            return -1, 0
-        slot.position += 1
-        return self._emit(slot)
-
-    def _choose(self, slot: _Slot) -> tuple[int, int]:
-        slot.position = slot.prefill_len
-        return self._emit(slot)
-
-    def _emit(self, slot: _Slot) -> tuple[int, int]:
-        token = self.settings.choose_token(slot.token_ids)
-        if token == self.settings.not_finite_token:
-            slot.is_stopped = True
-            return -1, FLAG_NOT_FINITE
-        slot.token_ids.append(token)
-        num_output = len(slot.token_ids) - slot.prompt_len
-        if token in slot.stop_ids and num_output > slot.min_tokens:
-            slot.is_stopped = True
-            return token, FLAG_STOP
-        return token, 0
-
 
 class _Fence:
     def __init__(self, epoch: int) -> None:
@@ -386,20 +239,10 @@ class _Fence:
         self._digest = bytes(8)
 
     def check(self, command: worker_pb2.StepCommand) -> None:
-        _require(command.epoch == self._epoch, f"epoch {command.epoch}, not {self._epoch}")
-        _require(command.command_id == self._command_id + 1, "a gap or repeat")
-        _require(command.first_step == self._step + 1, "steps have a gap")
+        require(command.epoch == self._epoch, f"epoch {command.epoch}, not {self._epoch}")
+        require(command.command_id == self._command_id + 1, "a gap or repeat")
+        require(command.first_step == self._step + 1, "steps have a gap")
         chained = hashlib.blake2b(self._digest + command.delta, digest_size=32).digest()[:8]
-        _require(command.digest == chained, "another digest")
+        require(command.digest == chained, "another digest")
         self._command_id, self._digest = command.command_id, chained
         self._step += command.step_count
-
-
-def unpack(packed: bytes, width: int) -> list[tuple[int, ...]]:
-    """Tuples of `width` little-endian int32."""
-    return list(struct.iter_unpack(f"<{width}i", packed))
-
-
-def _require(is_met: bool, message: str) -> None:
-    if not is_met:
-        raise Refusal(message)

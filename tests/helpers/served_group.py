@@ -1,4 +1,4 @@
-"""`lockstep serve` as a child process, and proof that it leaves nothing behind."""
+"""`lockstep serve` or `simulate` as a child process, and proof that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ class ServedGroup:
     """
 
     def __init__(
-        self, model: Path, folder: Path, *flags: str, environ: Mapping[str, str] | None = None
+        self,
+        model: Path,
+        folder: Path,
+        *flags: str,
+        environ: Mapping[str, str] | None = None,
+        subcommand: str = "serve",
     ) -> None:
         self._shared_before = {path.name for path in _SHARED_MEMORY.iterdir()}
         self._tmp = folder / "tmp"
@@ -56,8 +61,10 @@ class ServedGroup:
         self._members: set[psutil.Process] = set()
         self.address = ""
         self.metrics = ""
-        command = [sys.executable, "-P", "-m", "lockstep.cli", "serve", "--model", str(model)]
-        command += ["--devices", "cpu", "--port", "0", "--metrics-port", "0"]
+        command = [sys.executable, "-P", "-m", "lockstep.cli", subcommand]
+        command += ["--model", str(model)]
+        command += ["--devices", "cpu"] if subcommand == "serve" else []
+        command += ["--port", "0", "--metrics-port", "0"]
         command += ["--ready-file", str(self._ready), *flags]
         base = dict(environ) if environ is not None else serve_environ(self._tmp)
         root = str(Path(__file__).resolve().parents[2])

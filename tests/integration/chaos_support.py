@@ -171,17 +171,18 @@ class ChaosGroup(ServedGroup):
             ranks = self._ranks_by_pid()
             return ranks.get(int(name.split()[1]))
         module = {"engine": "coordinator", "frontend": "coordinator.frontend"}[name]
-        found = self._running(module)
+        found = self.running(module)
         return found[0] if found else None
 
     def _ranks_by_pid(self) -> dict[int, psutil.Process]:
         if not self.address:
-            return dict(enumerate(sorted(self._running("worker"), key=lambda p: p.pid)))
+            return dict(enumerate(sorted(self.running("worker"), key=lambda p: p.pid)))
         with self.client() as client:
             pids = [rank.pid for rank in client.server_info().ranks]
         return {rank: psutil.Process(pid) for rank, pid in enumerate(pids) if pid}
 
-    def _running(self, module: str) -> list[psutil.Process]:
+    def running(self, module: str) -> list[psutil.Process]:
+        """The processes that run this module."""
         found = []
         for process in self.members():
             with contextlib.suppress(psutil.NoSuchProcess):

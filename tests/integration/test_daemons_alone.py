@@ -44,6 +44,7 @@ class HandStarted:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_hear_ctrl_c,
             )
 
     def log_text(self) -> str:
@@ -68,6 +69,11 @@ class HandStarted:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(STOP_LIMIT_S)
+
+
+def _hear_ctrl_c() -> None:
+    """A shell starts its background jobs, this test run perhaps, with the signal ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start_worker(stack: contextlib.ExitStack, model: Path, folder: Path, port: int) -> HandStarted:

@@ -229,3 +229,50 @@ def test_server_info_names_ranks_and_their_shares(
     for rank in info.ranks:
         assert rank.is_up and rank.device == "cpu"
         assert rank.parameter_count > 0 and rank.bytes_read > 0 and rank.all_reduce_count > 0
+
+
+def test_samples_are_the_calls_that_their_seeds_alone_would_give(client: Client) -> None:
+    params: dict[str, Any] = {"temperature": 1.2, "max_tokens": 8, "ignore_eos": True}
+    unary = client.generate_unary(text_request(_PROMPT, n=3, seed=40, **params), _LIMIT_S)
+    first = generate_pb2.Sample(output=unary.output, finished=unary.finished)
+    samples = [first, *unary.further_samples]
+    for index, sample in enumerate(samples):
+        alone = Answer(client, text_request(_PROMPT, seed=40 + index, **params))
+        assert list(sample.output.token_ids) == alone.ids
+        assert sample.output.text == alone.text
+        assert sample.finished.sample_index == index
+        assert sample.finished.usage.output_token_count == 8
+    assert unary.started.seed == 40
+
+
+def test_stream_of_samples_is_the_unary_answer(client: Client) -> None:
+    request = text_request(_PROMPT, n=2, seed=7, temperature=1.0, max_tokens=8)
+    unary = client.generate_unary(request, _LIMIT_S)
+    generation = client.generate(request, _LIMIT_S)
+    ids: dict[int, list[int]] = {0: [], 1: []}
+    for delta in generation:
+        ids[delta.sample_index] += delta.token_ids
+    assert ids[0] == list(unary.output.token_ids)
+    assert ids[1] == list(unary.further_samples[0].output.token_ids)
+    assert sorted(generation.finished_samples) == [0, 1]
+
+
+@pytest.mark.parametrize("params", [{}, {"stop": [" "]}], ids=["length", "stop text"])
+def test_trailing_metadata_say_where_the_time_went(client: Client, params: dict[str, Any]) -> None:
+    generation = client.generate(
+        text_request(_PROMPT, max_tokens=16, **_GREEDY, **params), _LIMIT_S
+    )
+    assert list(generation) or params
+    times = generation.times
+    for key in ("frontend", "queue", "prefill", "decode"):
+        assert float(times[f"lockstep-{key}-ms"]) >= 0
+    assert int(times["lockstep-steps"]) >= 1
+    assert int(times["lockstep-preemptions"]) == 0
+    assert int(times["lockstep-epoch"]) == client.server_info().epoch
+    assert int(times["lockstep-cached-tokens"]) >= 0
+
+
+def test_scheduling_fields_change_no_token(client: Client, greedy: Answer) -> None:
+    request = text_request(_PROMPT, max_tokens=16, logprobs=5, **_GREEDY)
+    request.priority, request.tenant, request.use_prefix_cache = 5, "acme", False
+    assert Answer(client, request).ids == greedy.ids

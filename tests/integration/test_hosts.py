@@ -12,7 +12,6 @@ import psutil
 
 from lockstep.client import Client
 from lockstep.daemon.exit_codes import ExitCode
-from tests.helpers.served_group import ServedGroup, value_of
 from tests.helpers.tiny_models import write_tiny_model
 from tests.integration.chaos_support import wait_until
 from tests.integration.test_daemons_alone import (
@@ -76,24 +75,3 @@ def test_a_worker_killed_on_one_host_comes_back_and_probes_tell(tmp_path: Path) 
         for host in hosts:
             host.process.terminate()
             assert host.wait() == ExitCode.CLEAN
-
-
-def free_pair() -> int:
-    """A port that is free and has a free one above it."""
-    while True:
-        first = free_port()
-        with socket.socket() as second, contextlib.suppress(OSError, OverflowError):
-            second.bind(("127.0.0.1", first + 1))
-            return first
-
-
-def test_under_serve_the_ranks_metrics_are_at_the_ports_that_were_asked_for(tmp_path: Path) -> None:
-    model = tmp_path / "tiny"
-    write_tiny_model(model)
-    base = free_pair()
-    flags = ["--tp", "2", "--num-threads", "1", "--kv-cache-bytes", "16M", "--max-num-seqs", "8"]
-    flags += ["--dtype", "float32", "--worker-metrics-port", str(base)]
-    with ServedGroup(model, tmp_path / "group", *flags):
-        for rank in range(2):
-            name = "lockstep_worker_phase"
-            assert value_of(f"127.0.0.1:{base + rank}", name, rank=str(rank)) == 5

@@ -105,7 +105,25 @@ def test_config_that_is_no_json(model: Path, refused: Callable[..., str]) -> Non
 def test_port_in_use(refused: Callable[..., str], flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        the_line(refused(ExitCode.ADDRESS, flag, port), port, "in use")
+        the_line(refused(ExitCode.ADDRESS, flag, port), port, "in use", "choose another")
+
+
+@pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
+def test_port_of_a_worker_in_use(tiny_dir: Path, flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ports = {"--port": "0", "--metrics-port": "0"} | {flag: port}
+        worker = subprocess.run(
+            [sys.executable, "-m", "worker", "--model", str(tiny_dir)]
+            + [word for pair in ports.items() for word in pair],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=_LIMIT_S,
+        )
+    assert worker.returncode == ExitCode.ADDRESS
+    assert worker.stderr.count("\n") == 1, worker.stderr
+    the_line(worker.stderr, port, "in use", "choose another port")
 
 
 def test_more_ranks_than_query_heads(tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ WALLS = (
         "tpcomm", ("protos", "grpc", "coordinator", "worker", "lockstep", "bench", "transformers")
     ),
     Wall("worker", ("coordinator", "lockstep", "bench", "transformers"), SHARED_LEAVES),
+    Wall(
+        "worker.simulated",
+        ("coordinator", "tpcomm", "lockstep", "bench", "tokenizers", *TORCH),
+        SHARED_LEAVES,
+    ),
     Wall("coordinator", ("worker", "tpcomm", "lockstep", "bench", *TORCH), SHARED_LEAVES),
     Wall("lockstep", ("coordinator", "worker", "tpcomm", "bench", *TORCH)),
     Wall("lockstep.daemon", ("protos", "grpc", "numpy", "coordinator", "worker", "tpcomm", *TORCH)),

@@ -43,7 +43,13 @@ def served(port: int) -> Table:
 
 
 def test_every_metric_of_the_coordinator_is_documented_and_no_other() -> None:
-    metrics = EngineMetrics("m", rank_up={0: True}, startup_seconds={"load": 1.0})
+    metrics = EngineMetrics(
+        "m",
+        rank_up={0: True},
+        startup_seconds={"load": 1.0},
+        command_arrival_skew={1: 0.001},
+        worker_idle_seconds={0: 1.0},
+    )
     for counted in (metrics.request_success, metrics.requests_failed, metrics.requests_rejected):
         counted["any"] += 1
     with MetricsServer(metrics, "127.0.0.1", 0) as server:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from worker.sampling.counts import add_outputs, mark_chunk, mark_prompt, update_counts
-from worker.sampling.params import (
+from worker.sampling.sampler import SampleOutput, sample
+from worker.sampling.tables import SlotSampling, is_stop
+from worker.sampling_params import (
     MAX_ALTERNATIVES,
     MAX_STOP_IDS,
     SamplePlan,
@@ -11,8 +13,6 @@ from worker.sampling.params import (
     SlotParams,
     plan_sample,
 )
-from worker.sampling.sampler import SampleOutput, sample
-from worker.sampling.tables import SlotSampling, is_stop
 
 __all__ = [
     "MAX_ALTERNATIVES",

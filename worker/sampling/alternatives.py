@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from worker.sampling.ordered_bits import key_ids, key_values, rank_keys
-from worker.sampling.params import MAX_ALTERNATIVES
+from worker.sampling_params import MAX_ALTERNATIVES
 
 # Keys take 8 bytes a token, so rows are done in groups to bound the workspace.
 _ROWS_AT_ONCE = 32

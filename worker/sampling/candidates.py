@@ -19,10 +19,10 @@ from torch import Tensor
 
 from worker.sampling.fixed_point import fixed_mass, nucleus_target
 from worker.sampling.gumbel_kernel import gumbel_at
-from worker.sampling.params import NUM_CANDIDATES
 from worker.sampling.philox import gumbel_at_reference
 from worker.sampling.record import RECORD_WORDS, BestRecord, Bounds
 from worker.sampling.tables import RowParams
+from worker.sampling_params import NUM_CANDIDATES
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from worker.kernels.triton_language import jit, tl
-from worker.sampling.params import MAX_STOP_IDS
 from worker.sampling.tables import (
     FREQUENCY_WORD,
     MIN_TOKENS_WORD,
@@ -19,6 +18,7 @@ from worker.sampling.tables import (
     STOP_IDS_WORD,
     SlotSampling,
 )
+from worker.sampling_params import MAX_STOP_IDS
 
 _BLOCK = 2048
 

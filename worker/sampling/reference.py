@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tpcomm.communicator import Communicator
-from worker.sampling.params import MIN_TEMPERATURE, SlotParams
 from worker.sampling.philox import gumbel_range_reference
+from worker.sampling_params import MIN_TEMPERATURE, SlotParams
 
 
 @dataclass(frozen=True)

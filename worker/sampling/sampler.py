@@ -16,10 +16,10 @@ from tpcomm.communicator import Communicator
 from worker.sampling import candidates, threshold
 from worker.sampling.alternatives import local_alternatives, merge_alternatives
 from worker.sampling.local_best import local_best, log_normalizer, scale_logits, winning_rank
-from worker.sampling.params import SampleVariant
 from worker.sampling.penalties import apply_penalties
 from worker.sampling.record import BestRecord, Bounds
 from worker.sampling.tables import RowParams, SlotSampling
+from worker.sampling_params import SampleVariant
 
 
 @dataclass(frozen=True)

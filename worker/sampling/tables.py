@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.sampling.params import MAX_STOP_IDS, MIN_TEMPERATURE, SlotParams
+from worker.sampling_params import MAX_STOP_IDS, MIN_TEMPERATURE, SlotParams
 
 # A row is 30 words of 32 bits, so that one copy uploads all parameters of a slot and one
 # index_select fetches them. The seed leads: read as an int64 it must lie on an even word.

@@ -8,18 +8,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FrontendMessage(_message.Message):
-    __slots__ = ("submit", "release", "abort", "rejected", "listening")
+    __slots__ = ("submit", "release", "abort", "rejected", "listening", "alive")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
     LISTENING_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     release: Release
     abort: AbortByName
     rejected: Rejected
     listening: Listening
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., abort: _Optional[_Union[AbortByName, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., listening: _Optional[_Union[Listening, _Mapping]] = ...) -> None: ...
+    alive: Alive
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., abort: _Optional[_Union[AbortByName, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., listening: _Optional[_Union[Listening, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("handle", "request_id", "prompt_ids", "resume_output_ids", "sampling_params", "stop_ids", "arrival_time", "priority", "tenant", "use_prefix_cache", "deadline", "group")
@@ -80,6 +82,12 @@ class Listening(_message.Message):
     PORT_FIELD_NUMBER: _ClassVar[int]
     port: int
     def __init__(self, port: _Optional[int] = ...) -> None: ...
+
+class Alive(_message.Message):
+    __slots__ = ("stream_count",)
+    STREAM_COUNT_FIELD_NUMBER: _ClassVar[int]
+    stream_count: int
+    def __init__(self, stream_count: _Optional[int] = ...) -> None: ...
 
 class EngineMessage(_message.Message):
     __slots__ = ("state", "outputs", "ended", "abort_outcome", "drain")

@@ -3,65 +3,16 @@
 import struct
 from collections import deque
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.batch import Batch, BatchLimits
+from coordinator.batch import Batch
 from coordinator.errors import ProtocolBroken
-from coordinator.request import Request, RequestState, Sampling
+from coordinator.request import Request, RequestState
 from protos.lockstep.v1 import worker_pb2
-from tests.helpers.fake_worker import FakeSettings, FakeWorker, expected_output
-
-BLOCK_SIZE = 4
-
-
-def make_request(
-    order: int, prompt: list[int], max_tokens: int, stop_ids: tuple[int, ...] = ()
-) -> Request:
-    sampling = Sampling(0.0, 0, 1.0, 0.0, 7, 1.0, 0.0, 0.0, 0, stop_ids, -1)
-    prompt_ids = np.array(prompt, dtype=np.int32)
-    return Request(order, 0, order, str(order), prompt_ids, max_tokens, sampling, 0.0)
-
-
-class Rank:
-    """Runs commands in this process: the fake worker's tables without its server."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.worker = FakeWorker.__new__(FakeWorker)
-        self.worker.settings = FakeSettings()
-        self.worker.config = worker_pb2.EngineConfig(
-            max_num_seqs=batch.limits.max_num_seqs, block_size=BLOCK_SIZE, max_model_len=10**6
-        )
-        self.worker._slots, self.worker._rows = {}, {}
-        self.worker._num_blocks, self.worker._rank = batch.limits.num_blocks, 0
-
-    def run(self, packed: bytes) -> worker_pb2.StepResult:
-        command = worker_pb2.ExecuteRequest.FromString(packed).command
-        delta = worker_pb2.TableDelta.FromString(command.delta)
-        self.worker._apply(delta)
-        assert command.table_digest == self.worker.digest()
-        (report,) = self.worker._run(command, delta)
-        return report.result
-
-
-def apply(batch: Batch, result: worker_pb2.StepResult) -> None:
-    """What results.py does, without frontends."""
-    token_ids = struct.unpack(f"<{len(result.token_ids) // 4}i", result.token_ids)
-    entries = batch.resolve(result.command_id, result.step)
-    for request, token_id, flags in zip(entries, token_ids, result.flags, strict=True):
-        if request.is_finished:
-            continue
-        assert token_id >= 0, "a live row was inert"
-        request.output_ids.append(token_id)
-        if flags or len(request.output_ids) == request.max_tokens:
-            batch.finish(request)
-
-
-def make_batch(num_blocks: int = 12, max_num_seqs: int = 4, seed: int = 0) -> Batch:
-    order = np.random.default_rng(seed).permutation(np.arange(1, num_blocks)).tolist()
-    return Batch(1, BatchLimits(num_blocks, BLOCK_SIZE, max_num_seqs, 12), order)
+from tests.helpers.batch_history import Rank, apply, make_batch, make_request
+from tests.helpers.fake_worker import expected_output
 
 
 class History:
@@ -95,7 +46,7 @@ class History:
 
     def send(self) -> None:
         if len(self.unreported) < 3 and (command := self.batch.next_command(True)) is not None:
-            self.unreported.append(self.rank.run(command))
+            self.unreported += self.rank.run(command)
 
     def report(self) -> None:
         if self.unreported:
@@ -143,7 +94,7 @@ def test_a_preempted_request_keeps_tokens_in_flight_and_waits_for_the_last_of_th
     while young.state is not RequestState.PREEMPTED:
         command = batch.next_command(with_table_digest=True)
         assert command is not None
-        unreported.append(rank.run(command))
+        unreported += rank.run(command)
         if len(unreported) > 2:
             apply(batch, unreported.popleft())
     had = len(young.output_ids)
@@ -162,7 +113,7 @@ def test_the_last_row_leaves_before_its_results_have_come() -> None:
     batch.enqueue(request)
     results = []
     while (command := batch.next_command(with_table_digest=True)) is not None:
-        results.append(rank.run(command))
+        results += rank.run(command)
     assert request.state is RequestState.COMPLETING and len(results) == 2
     assert batch.allocator.num_free_blocks == batch.allocator.num_usable_blocks
     for result in results:

@@ -31,7 +31,8 @@ def test_defaults_are_those_of_the_design() -> None:
     assert (config.port, config.metrics_port, config.host) == (50051, 9851, "127.0.0.1")
     assert (config.step_timeout, config.drain_seconds, config.startup_timeout) == (30, 30, 600)
     assert (config.max_queue_requests, config.num_frontends) == (1024, 1)
-    assert config.use_graphs and not config.prefix_cache
+    assert config.max_queue_prompt_tokens == 1_048_576
+    assert config.use_graphs and config.prefix_cache
 
 
 def test_the_environment_may_hold_what_other_daemons_read() -> None:
@@ -47,12 +48,12 @@ def test_the_environment_may_hold_what_other_daemons_read() -> None:
         (["--model", "/m"], "--workers is missing"),
         ([*GIVEN, "--workers", "a"], "want host:port"),
         ([*GIVEN, "--workers", "a:1,a:1"], "two ranks"),
-        ([*GIVEN, "--prefix-cache", "on"], "no prefix cache"),
         (
             [*GIVEN, "--max-batch-tokens", "100"],
             "--max-batch-tokens 100 is below --max-num-seqs 256",
         ),
         ([*GIVEN, "--step-timeout", "0"], "--step-timeout"),
+        ([*GIVEN, "--max-queue-prompt-tokens", "0"], "--max-queue-prompt-tokens"),
         ([*GIVEN, "--comm", "mpi"], "want one of auto, nccl, shm, gloo"),
     ],
 )

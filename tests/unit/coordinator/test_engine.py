@@ -175,6 +175,25 @@ def test_abort_reaches_another_frontends_request() -> None:
     asyncio.run(run())
 
 
+def test_a_request_that_its_frontend_has_lost_is_seen_until_it_ends() -> None:
+    async def run() -> None:
+        async with running_engine() as running:
+            first = await running.ready()
+            first.send(submit=make_submit(1, [1], 250))
+            first.send(alive=engine_pb2.Alive(stream_count=0))  # it has forgotten the request
+            first.send(abort=engine_pb2.AbortByName(query=1, request_id="no such"))
+            await first.heard.until(lambda: bool(first.heard.outcomes))
+            assert running.metrics.requests_without_client == 1
+            first.send(release=engine_pb2.Release(handle=1, reason="cancelled"))
+            first.send(alive=engine_pb2.Alive(stream_count=0))
+            await first.heard.end_of(1)
+            first.send(abort=engine_pb2.AbortByName(query=2, request_id="no such"))
+            await first.heard.until(lambda: len(first.heard.outcomes) == 2)
+            assert running.metrics.requests_without_client == 0
+
+    asyncio.run(run())
+
+
 def test_before_the_group_is_up_requests_are_refused_as_unavailable() -> None:
     async def run() -> None:
         async with running_engine() as running:
@@ -377,5 +396,6 @@ def test_a_frontend_is_started_as_it_expects() -> None:
         "--port": "1234",
         "--silence-timeout": "11.0",
         "--num-frontends": "2",
+        "--slow-client-seconds": "30.0",
         "--log-format": "text",
     }

@@ -20,7 +20,7 @@ def test_a_histogram_counts_bounds_inclusively_and_cumulates() -> None:
     histogram = Histogram([0.001, 0.01])
     histogram.observe([0.0005, 0.001, 0.005, 7.0])
     histogram.observe([])
-    histogram.observe([0.01])
+    histogram.observe_one(0.01)
     assert histogram.cumulative() == [("0.001", 2.0), ("0.01", 4.0), ("+Inf", 5.0)]
     assert histogram.count == 5
     assert histogram.sum == pytest.approx(7.0165)
@@ -42,6 +42,13 @@ def test_every_metric_of_the_design_is_served_with_its_labels() -> None:
     metrics.time_to_first_token.observe([0.0012])
     metrics.inter_token_latency.observe([0.002])
     metrics.e2e_latency.observe([0.1])
+    metrics.queue_prompt_tokens = 21
+    metrics.num_tenants_waiting = 22
+    metrics.predicted_ttft = 2.5
+    metrics.requests_without_client = 23
+    metrics.request_queue_time.observe_one(0.1)
+    metrics.request_prefill_time.observe_one(0.2)
+    metrics.request_decode_time.observe_one(0.3)
     with MetricsServer(metrics, "127.0.0.1", 0) as server:
         seen = scrape(server.port)
         metrics.generation_tokens += 1
@@ -64,6 +71,13 @@ def test_every_metric_of_the_design_is_served_with_its_labels() -> None:
         f'lockstep_time_to_first_token_seconds_bucket{{le="0.0015",{model}}}': 1,
         f"lockstep_inter_token_latency_seconds_sum{{{model}}}": 0.002,
         f"lockstep_e2e_request_latency_seconds_count{{{model}}}": 1,
+        f"lockstep_queue_prompt_tokens{{{model}}}": 21,
+        f"lockstep_num_tenants_waiting{{{model}}}": 22,
+        f"lockstep_predicted_ttft_seconds{{{model}}}": 2.5,
+        f"lockstep_requests_without_client{{{model}}}": 23,
+        f"lockstep_request_queue_time_seconds_sum{{{model}}}": 0.1,
+        f"lockstep_request_prefill_time_seconds_sum{{{model}}}": 0.2,
+        f"lockstep_request_decode_time_seconds_sum{{{model}}}": 0.3,
     }
     assert {name: seen.get(name) for name in wanted} == wanted
     assert again[f"lockstep_generation_tokens_total{{{model}}}"] == 13

@@ -72,6 +72,11 @@ def set_ids(field: str, packed: bytes) -> Callable[[engine_pb2.Submit], Any]:
         (set_param(frequency_penalty=-2.5), "frequency_penalty is -2.5"),
         (set_param(presence_penalty=float("inf")), "presence_penalty is inf"),
         (set_param(logprobs=21), "logprobs 21 is above 20"),
+        (
+            lambda submit: setattr(submit, "priority", 101),
+            "priority is 101; it must be -100 to 100",
+        ),
+        (lambda submit: setattr(submit, "priority", -101), "priority is -101; it must be -100"),
     ],
 )
 def test_what_must_not_reach_the_ranks_is_refused_by_name(
@@ -94,9 +99,9 @@ def test_a_request_that_could_never_fit_the_cache_is_refused_naming_the_numbers(
     # The served context is lowered to what the cache holds, so only a wider context shows this.
     async def run() -> None:
         limits = ModelLimits(max_model_len=100, vocab_size=1000, num_blocks=5, block_size=4)
-        read_submit(make_submit(1, [1] * 10, 7), 0, 0, limits)
+        read_submit(make_submit(1, [1] * 10, 7), 0, limits)
         with pytest.raises(Refused, match="18 tokens need 5 KV blocks of 4, there are 4"):
-            read_submit(make_submit(1, [1] * 10, 8), 0, 0, limits)
+            read_submit(make_submit(1, [1] * 10, 8), 0, limits)
 
     asyncio.run(run())
 
@@ -132,6 +137,48 @@ def test_a_name_in_flight_is_refused_and_free_again_afterwards() -> None:
             group.submit(3, [1], 3, request_id="same")
             await group.heard.end_of(3)
             assert group.heard.tokens[3] == expected_output([1], 3)
+
+    asyncio.run(run())
+
+
+def test_samples_of_one_call_share_its_name_and_an_abort_ends_them_all() -> None:
+    async def run() -> None:
+        async with running_group(max_num_seqs=2) as group:
+            for handle in (4, 5, 6):
+                group.submit(handle, [1], 200, request_id="same", group=4, seed=handle)
+            group.submit(7, [2], 4, request_id="other")
+            group.submit(8, [1], 200, request_id="same", group=8)  # another call
+            other = make_submit(9, [1], 200, request_id="same", group=4)
+            group.book.submit(1, other)  # the same numbers, but of another frontend
+            assert group.metrics.requests_rejected == {"duplicate_request_id": 2}
+            await group.heard.until(lambda: bool(group.heard.tokens.get(4)))
+            group.book.abort(0, engine_pb2.AbortByName(query=1, request_id="same"))
+            group.leader.wake()
+            await group.heard.end_of(4, 5, 6, 7)
+            for handle in (4, 5, 6):
+                (ended,) = group.heard.ended[handle]
+                assert ended.finish_reason == generate_pb2.FINISH_REASON_ABORTED
+            assert group.heard.tokens[7] == expected_output([2], 4)
+            assert [one.was_active for one in group.heard.outcomes] == [True]
+            group.submit(10, [1], 2, request_id="same")  # the name is free
+            await group.heard.end_of(10)
+            assert group.heard.tokens[10] == expected_output([1], 2)
+            await group.settled()
+
+    asyncio.run(run())
+
+
+def test_a_name_stays_taken_until_its_last_sample_has_ended() -> None:
+    async def run() -> None:
+        async with running_group() as group:
+            group.submit(4, [1], 2, request_id="same", group=4)
+            group.submit(5, [1], 100, request_id="same", group=4)
+            await group.heard.end_of(4)
+            group.submit(6, [1], 2, request_id="same")
+            assert group.metrics.requests_rejected == {"duplicate_request_id": 1}
+            group.submit(7, [1], 2, request_id="same", group=4)
+            await group.heard.end_of(5, 7)
+            assert group.heard.tokens[7] == expected_output([1], 2)
 
     asyncio.run(run())
 
@@ -177,7 +224,7 @@ def test_a_call_that_broke_after_its_last_token_ends_at_once() -> None:
     asyncio.run(run())
 
 
-def test_a_released_request_is_ended_without_a_word_and_its_blocks_are_free() -> None:
+def test_a_released_request_is_ended_once_with_its_times_and_its_blocks_are_free() -> None:
     async def run() -> None:
         async with running_group(max_num_seqs=1) as group:
             group.submit(1, [1], 100)
@@ -187,9 +234,122 @@ def test_a_released_request_is_ended_without_a_word_and_its_blocks_are_free() ->
                 group.book.release(0, engine_pb2.Release(handle=handle, reason="cancelled"))
             group.leader.wake()
             await group.settled()
-            assert group.heard.ended == {}
+            assert sorted(group.heard.ended) == [1, 2]
+            for handle in (1, 2):
+                (ended,) = group.heard.ended[handle]
+                assert ended.status_code == 0
+                assert ended.finish_reason == generate_pb2.FINISH_REASON_UNSPECIFIED
+            assert group.heard.ended[1][0].times.step_count > 2
+            assert group.heard.ended[2][0].times.step_count == 0
+            assert group.heard.ended[2][0].times.queue_seconds > 0
             assert group.metrics.request_success == {"cancelled": 2}
             assert group.book.num_in_flight == 0
+
+    asyncio.run(run())
+
+
+def test_a_deadline_that_passes_ends_a_request_whether_it_runs_or_waits_and_frees_its_slot() -> (
+    None
+):
+    async def run() -> None:
+        settings = FakeSettings()
+        async with running_group([settings], max_num_seqs=1) as group:
+            settings.is_stalled = True
+            deadline = asyncio.get_running_loop().time() + 0.3
+            group.submit(1, [1], 100, deadline=deadline)
+            group.submit(2, [1], 100, deadline=deadline)
+            group.submit(3, [1], 3)
+            await group.heard.end_of(1, 2)
+            for handle in (1, 2):
+                (ended,) = group.heard.ended[handle]
+                assert ended.status_code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+                assert "the deadline passed after 0 output tokens" in ended.status_message
+                group.book.release(0, engine_pb2.Release(handle=handle, reason="deadline"))
+            group.workers[0].release_stall()
+            await group.heard.end_of(3)
+            assert group.heard.tokens[3] == expected_output([1], 3)
+            await group.settled()
+            assert [len(group.heard.ended[handle]) for handle in (1, 2, 3)] == [1, 1, 1]
+            assert group.metrics.requests_failed == {"deadline_exceeded": 2}
+            assert group.metrics.request_success == {"length": 1}
+
+    asyncio.run(run())
+
+
+def test_a_released_request_is_not_ended_again_by_its_deadline() -> None:
+    async def run() -> None:
+        async with running_group() as group:
+            deadline = asyncio.get_running_loop().time() + 60
+            group.submit(1, [1], 200, deadline=deadline)
+            group.book.release(0, engine_pb2.Release(handle=1, reason="deadline"))
+            assert not group.book.tick(deadline + 1)
+            group.leader.wake()
+            await group.heard.end_of(1)
+            await group.settled()
+            assert len(group.heard.ended[1]) == 1
+            assert group.metrics.requests_failed == {}
+
+    asyncio.run(run())
+
+
+def test_times_tell_where_a_request_was() -> None:
+    async def run() -> None:
+        async with running_group(max_batch_tokens=8, max_num_seqs=2) as group:
+            group.submit(1, [1] * 30, 10)
+            await group.heard.end_of(1)
+            group.submit(2, [2], 4, resume=expected_output([2], 2))
+            await group.heard.end_of(2)
+            times = group.heard.ended[1][0].times
+            # The first token comes with the last of 4 chunks.
+            assert times.step_count == 3 + 10
+            assert times.queue_seconds >= 0
+            assert times.prefill_seconds > 0 and times.decode_seconds > 0
+            assert times.epoch == group.heard.states[-1].server.epoch
+            assert group.heard.ended[2][0].times.step_count == 2
+
+    asyncio.run(run())
+
+
+def test_preemptions_are_counted_in_the_times() -> None:
+    async def run() -> None:
+        async with running_group([FakeSettings(num_blocks=13)]) as group:
+            for handle in range(1, 5):
+                group.submit(handle, [handle] * 6, 20)
+            await group.heard.end_of(1, 2, 3, 4)
+            counts = [group.heard.ended[h][0].times.preemption_count for h in range(1, 5)]
+            assert sum(counts) == group.metrics.preemptions > 0
+            assert counts[0] == 0, "the first by precedence never loses its place"
+            for handle in range(1, 5):
+                times = group.heard.ended[handle][0].times
+                assert times.step_count >= 20
+
+    asyncio.run(run())
+
+
+def test_what_waits_and_who_has_no_client_is_measured() -> None:
+    async def run() -> None:
+        settings = FakeSettings()
+        async with running_group([settings], max_num_seqs=1) as group:
+            settings.is_stalled = True
+            group.submit(1, [1], 9)
+            await group.heard.until(lambda: group.metrics.num_requests_running == 1)
+            group.submit(2, [1] * 5, 9, tenant="a")
+            group.submit(3, [1] * 6, 9, tenant="b")
+            group.book.tick(asyncio.get_running_loop().time())
+            assert group.metrics.queue_prompt_tokens == 11
+            assert group.metrics.num_tenants_waiting == 2
+            group.book.alive(0, 3)
+            assert group.metrics.requests_without_client == 0
+            group.book.alive(0, 2)
+            assert group.metrics.requests_without_client == 1
+            group.workers[0].release_stall()
+            await group.heard.end_of(1, 2, 3)
+            group.book.alive(0, 0)
+            assert group.metrics.requests_without_client == 0
+            group.book.tick(asyncio.get_running_loop().time())
+            assert group.metrics.queue_prompt_tokens == group.metrics.num_tenants_waiting == 0
+            assert group.metrics.predicted_ttft > 0
+            assert group.metrics.request_queue_time.count == 3
 
     asyncio.run(run())
 

@@ -1,13 +1,22 @@
 """Given this state, expect this plan."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.scheduler import Capacity, Chunk, Prefill, Rows, Waiting, plan_step
+from coordinator.scheduler import (
+    Capacity,
+    Chunk,
+    Prefill,
+    Rows,
+    StepPlan,
+    Victim,
+    Waiting,
+    plan_step,
+)
 
 
 def rows(*entries: tuple[int, int, int, int]) -> Rows:
@@ -27,12 +36,22 @@ def capacity(**changes: int) -> Capacity:
     return Capacity(**(values | changes))
 
 
+def planned(
+    rows: Rows, prefills: Sequence[Prefill], waiting: Iterable[Waiting], capacity: Capacity
+) -> StepPlan:
+    """A plan where no blocks are shared: whoever leaves frees all its blocks."""
+    held = [*zip(rows.orders.tolist(), rows.num_blocks.tolist(), strict=True)]
+    held += [(one.order, one.num_blocks) for one in prefills]
+    victims = [Victim(order, count) for order, count in sorted(held, reverse=True)]
+    return plan_step(rows, prefills, victims, waiting, capacity)
+
+
 def test_nothing_to_do_is_an_empty_plan() -> None:
-    assert plan_step(rows(), [], [], capacity()).is_empty
+    assert planned(rows(), [], [], capacity()).is_empty
 
 
 def test_rows_take_their_tokens_first_and_prompts_the_rest() -> None:
-    plan = plan_step(
+    plan = planned(
         rows((1, 5, 20, 2), (2, 9, 20, 3)), [Prefill(3, 8, 40, 2)], [Waiting(4, 5)], capacity()
     )
     assert plan.num_rows == 2
@@ -40,7 +59,7 @@ def test_rows_take_their_tokens_first_and_prompts_the_rest() -> None:
 
 
 def test_prompts_share_a_step_first_come_first_served() -> None:
-    plan = plan_step(
+    plan = planned(
         rows(), [Prefill(1, 4, 6, 2)], [Waiting(2, 5), Waiting(3, 30), Waiting(4, 1)], capacity()
     )
     assert plan.chunks == [
@@ -51,34 +70,63 @@ def test_prompts_share_a_step_first_come_first_served() -> None:
 
 
 def test_a_row_gets_a_block_when_its_position_needs_one() -> None:
-    plan = plan_step(rows((1, 7, 20, 2), (2, 8, 20, 2)), [], [], capacity())
+    plan = planned(rows((1, 7, 20, 2), (2, 8, 20, 2)), [], [], capacity())
     assert plan.row_blocks == [(2, 1)]
 
 
 def test_a_row_gets_no_block_for_positions_beyond_its_final_limit() -> None:
-    plan = plan_step(rows((1, 7, 8, 2)), [], [], capacity(num_steps=4))
+    plan = planned(rows((1, 7, 8, 2)), [], [], capacity(num_steps=4))
     assert plan.row_blocks == []
 
 
 def test_several_steps_need_blocks_for_all_their_positions() -> None:
-    plan = plan_step(rows((1, 7, 99, 2)), [], [], capacity(num_steps=6))
+    plan = planned(rows((1, 7, 99, 2)), [], [], capacity(num_steps=6))
     assert plan.row_blocks == [(1, 2)]
 
 
-def test_a_row_whose_every_position_is_granted_leaves_and_frees_its_blocks() -> None:
-    plan = plan_step(
-        rows((1, 8, 8, 2), (2, 8, 20, 2)), [], [], capacity(num_free_blocks=0, num_free_slots=0)
+def test_no_more_steps_are_granted_than_some_row_has_positions_for() -> None:
+    plan = planned(rows((1, 7, 8, 2), (2, 5, 8, 2)), [], [], capacity(num_steps=8))
+    assert plan.num_steps == 3
+    assert planned(rows(), [], [Waiting(1, 2)], capacity(num_steps=8)).num_steps == 1
+
+
+def test_nobody_loses_its_place_for_steps_granted_ahead() -> None:
+    plan = planned(
+        rows((1, 7, 99, 2), (2, 8, 99, 2)), [], [], capacity(num_steps=8, num_free_blocks=2)
     )
-    assert (plan.completed, plan.row_blocks, plan.num_rows) == ([1], [(2, 1)], 1)
+    assert (plan.num_steps, plan.preempted, plan.row_blocks) == (1, [], [(2, 1)])
 
 
-def test_the_slot_of_a_completed_row_goes_to_a_waiting_request_in_the_same_command() -> None:
-    plan = plan_step(rows((1, 8, 8, 2)), [], [Waiting(2, 3)], capacity(num_free_slots=0))
-    assert plan.chunks == [Chunk(2, 0, 3, 1, is_admission=True)]
+def test_cached_tokens_take_neither_token_budget_nor_new_blocks() -> None:
+    waiting = Waiting(2, 30, cached_blocks=[7, 8, 9, 10])
+    plan = planned(rows((1, 5, 20, 2)), [], [waiting], capacity(max_batch_tokens=100))
+    assert plan.chunks == [Chunk(2, 16, 14, 4, is_admission=True, cached_blocks=[7, 8, 9, 10])]
+
+
+@pytest.mark.parametrize(("num_free", "is_admitted"), [(4, False), (5, True)])
+def test_cached_blocks_that_nobody_owns_are_not_free_for_others(
+    num_free: int, is_admitted: bool
+) -> None:
+    waiting = Waiting(2, 13, cached_blocks=[7, 8, 9], unowned_blocks=[8, 9])
+    plan = planned(rows((1, 5, 20, 2)), [], [waiting], capacity(num_free_blocks=num_free - 1))
+    assert bool(plan.chunks) == is_admitted  # one new, two taken over, one watermark
+
+
+def test_two_that_take_over_the_same_cached_blocks_take_them_once() -> None:
+    waiting = [Waiting(order, 13, True, [7, 8, 9], [7, 8, 9]) for order in (2, 3, 4)]
+    plan = planned(rows(), [], waiting, capacity(num_free_blocks=6))
+    assert [chunk.order for chunk in plan.chunks] == [2, 3]  # 3 + 1, then 1, then a watermark
+
+
+def test_who_leaves_frees_only_the_blocks_that_nobody_else_has() -> None:
+    given_rows = rows((1, 8, 20, 2), (2, 5, 20, 2), (3, 5, 20, 2))
+    victims = [Victim(3, 0), Victim(2, 2), Victim(1, 2)]
+    plan = plan_step(given_rows, [], victims, [], capacity(num_free_blocks=0))
+    assert (plan.preempted, plan.row_blocks, plan.num_rows) == ([3, 2], [(1, 1)], 1)
 
 
 def test_without_blocks_the_youngest_loses_its_place_and_nobody_is_admitted() -> None:
-    plan = plan_step(
+    plan = planned(
         rows((3, 5, 20, 2), (1, 8, 20, 2), (2, 5, 20, 2)),
         [],
         [Waiting(4, 1)],
@@ -89,7 +137,7 @@ def test_without_blocks_the_youngest_loses_its_place_and_nobody_is_admitted() ->
 
 
 def test_a_prefill_is_preempted_before_older_rows() -> None:
-    plan = plan_step(
+    plan = planned(
         rows((1, 8, 20, 2), (2, 8, 20, 2)), [Prefill(5, 4, 40, 1)], [], capacity(num_free_blocks=0)
     )
     assert plan.preempted == [5, 2]
@@ -97,21 +145,21 @@ def test_a_prefill_is_preempted_before_older_rows() -> None:
 
 
 def test_the_youngest_gives_up_its_own_place_rather_than_an_older_ones() -> None:
-    plan = plan_step(rows((1, 5, 20, 2), (2, 8, 20, 2)), [], [], capacity(num_free_blocks=0))
+    plan = planned(rows((1, 5, 20, 2), (2, 8, 20, 2)), [], [], capacity(num_free_blocks=0))
     assert (plan.preempted, plan.row_blocks, plan.num_rows) == ([2], [], 1)
 
 
 def test_the_oldest_is_never_preempted() -> None:
     with pytest.raises(AssertionError, match="does not fit alone"):
-        plan_step(rows((1, 8, 20, 2)), [], [], capacity(num_free_blocks=0))
+        planned(rows((1, 8, 20, 2)), [], [], capacity(num_free_blocks=0))
 
 
 def test_a_prompt_stops_where_the_blocks_end_and_nobody_younger_goes_first() -> None:
-    plan = plan_step(
+    plan = planned(
         rows((1, 5, 20, 2)), [Prefill(2, 6, 40, 2)], [Waiting(3, 1)], capacity(num_free_blocks=1)
     )
     assert plan.chunks == [Chunk(2, 6, 6, 1)]
-    stuck = plan_step(
+    stuck = planned(
         rows((1, 5, 20, 2)), [Prefill(2, 8, 40, 2)], [Waiting(3, 1)], capacity(num_free_blocks=0)
     )
     assert stuck.chunks == [] and not stuck.is_empty
@@ -119,17 +167,17 @@ def test_a_prompt_stops_where_the_blocks_end_and_nobody_younger_goes_first() -> 
 
 @pytest.mark.parametrize(("num_free", "is_admitted"), [(3, False), (4, True)])
 def test_admission_leaves_a_watermark_while_others_run(num_free: int, is_admitted: bool) -> None:
-    plan = plan_step(rows((1, 5, 20, 2)), [], [Waiting(2, 9)], capacity(num_free_blocks=num_free))
+    plan = planned(rows((1, 5, 20, 2)), [], [Waiting(2, 9)], capacity(num_free_blocks=num_free))
     assert bool(plan.chunks) == is_admitted
 
 
 def test_an_empty_batch_admits_what_only_just_fits() -> None:
-    plan = plan_step(rows(), [], [Waiting(2, 12)], capacity(num_free_blocks=3))
+    plan = planned(rows(), [], [Waiting(2, 12)], capacity(num_free_blocks=3))
     assert plan.chunks == [Chunk(2, 0, 12, 3, is_admission=True)]
 
 
 def test_a_preempted_request_waits_for_its_last_result_and_nobody_passes_it() -> None:
-    plan = plan_step(rows(), [], [Waiting(2, 3, is_ready=False), Waiting(3, 3)], capacity())
+    plan = planned(rows(), [], [Waiting(2, 3, is_ready=False), Waiting(3, 3)], capacity())
     assert plan.is_empty
 
 
@@ -141,7 +189,7 @@ def test_the_queue_is_read_no_further_than_needed() -> None:
             read.append(order)
             yield Waiting(order, 8)
 
-    plan_step(rows(), [], waiting(), capacity())
+    planned(rows(), [], waiting(), capacity())
     assert len(read) == 2
 
 
@@ -173,7 +221,7 @@ def test_no_plan_gives_away_more_than_there_is(
     waiting = [Waiting(100 + index, length) for index, length in enumerate(prompts)]
     given_rows = rows(*made)
     before = [column.copy() for column in vars(given_rows).values()]
-    plan = plan_step(
+    plan = planned(
         given_rows,
         prefills,
         waiting,
@@ -183,17 +231,17 @@ def test_no_plan_gives_away_more_than_there_is(
         assert (column == copy).all()
     blocks_of = {order: blocks for order, _, _, blocks in made}
     blocks_of |= {one.order: one.num_blocks for one in prefills}
-    freed = sum(blocks_of[order] for order in [*plan.completed, *plan.preempted])
+    freed = sum(blocks_of[order] for order in plan.preempted)
     given_out = sum(count for _, count in plan.row_blocks)
     given_out += sum(chunk.num_new_blocks for chunk in plan.chunks)
     assert given_out <= num_free + freed
     assert plan.num_rows + sum(chunk.length for chunk in plan.chunks) <= 16
-    named = [*plan.completed, *plan.preempted, *(chunk.order for chunk in plan.chunks)]
+    named = [*plan.preempted, *(chunk.order for chunk in plan.chunks)]
     assert len(set(named)) == len(named)
-    alive = [entry for entry in made if entry[0] not in plan.completed]
-    if alive:
-        assert min(order for order, *_ in alive) not in plan.preempted
+    if made:
+        assert min(order for order, *_ in made) not in plan.preempted
     covered = blocks_of | {order: blocks_of[order] + count for order, count in plan.row_blocks}
-    for order, start, end, _ in alive:
+    assert 1 <= plan.num_steps <= num_steps
+    for order, start, end, _ in made:
         if order not in plan.preempted:
-            assert covered[order] * 4 >= min(start + num_steps, end)
+            assert covered[order] * 4 >= min(start + plan.num_steps, end)

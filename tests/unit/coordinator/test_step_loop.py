@@ -2,11 +2,12 @@
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 
 from protos.lockstep.v1 import engine_pb2, generate_pb2
-from tests.helpers.engine_harness import running_group
+from tests.helpers.engine_harness import Harness, make_submit, running_group
 from tests.helpers.fake_worker import FakeSettings, expected_output
 
 STOP = generate_pb2.FINISH_REASON_STOP
@@ -95,7 +96,7 @@ def test_commands_run_ahead_of_results() -> None:
             for one in settings:
                 one.is_stalled = True
             group.submit(1, [1, 2, 3], 20)
-            batch = group.book._batch
+            batch = group.book.batch
             assert batch is not None
             async with asyncio.timeout(5):
                 while batch.num_unreported < 2:
@@ -121,6 +122,131 @@ def test_abort_by_name_ends_a_waiting_and_a_running_request() -> None:
             assert [outcome.was_active for outcome in group.heard.outcomes] == [True, True, False]
             assert group.heard.ended[1][0].finish_reason == ABORTED
             assert group.heard.ended[2][0].finish_reason == ABORTED
+            await group.settled()
+
+    asyncio.run(run())
+
+
+def _counts(group: Harness) -> list[int]:
+    return [command.step_count for command in group.workers[0].commands if command.step_count]
+
+
+def test_quick_steps_are_granted_several_at_a_time_once_nobody_waits() -> None:
+    async def run() -> None:
+        settings = [FakeSettings(num_blocks=128, step_micros=500) for _ in range(2)]
+        async with running_group(settings) as group:
+            prompts = {1: [5, 6, 7], 2: [8]}
+            for handle, prompt in prompts.items():
+                group.submit(handle, prompt, 200)
+            await group.heard.end_of(*prompts)
+            for handle, prompt in prompts.items():
+                assert group.heard.tokens[handle] == expected_output(prompt, 200)
+            counts = _counts(group)
+            assert counts[0] == 1 and max(counts) in (3, 4)
+            # 199 positions after the first token, and never a step that no row has a position for.
+            assert sum(counts) == 200
+            await group.settled()
+
+    asyncio.run(run())
+
+
+def test_one_step_is_granted_at_a_time_while_a_request_could_begin() -> None:
+    async def run() -> None:
+        # Room for one of the two requests: the other waits for blocks, not for a slot.
+        settings = [FakeSettings(num_blocks=30, step_micros=500)]
+        async with running_group(settings, max_num_seqs=2) as group:
+            group.submit(1, [5, 6, 7], 100)
+            group.submit(2, [*range(80)], 30)
+            await group.heard.end_of(1)
+            assert max(_counts(group)[:90]) == 1
+            await group.heard.end_of(2)
+            assert max(_counts(group)) > 1
+            await group.settled()
+
+    asyncio.run(run())
+
+
+def test_grants_stay_long_while_those_who_wait_have_no_slot_to_get() -> None:
+    async def run() -> None:
+        settings = [FakeSettings(num_blocks=128, step_micros=500)]
+        async with running_group(settings, max_num_seqs=1) as group:
+            group.submit(1, [5, 6, 7], 100)
+            group.submit(2, [5, 6, 7], 100)
+            await group.heard.end_of(1)
+            assert max(_counts(group)[:90]) > 1
+            await group.heard.end_of(2)
+            assert max(_counts(group)) > 1
+            await group.settled()
+
+    asyncio.run(run())
+
+
+def test_a_stop_in_the_middle_of_a_grant_drops_the_rest_of_it() -> None:
+    async def run() -> None:
+        settings = [FakeSettings(num_blocks=128, step_micros=200) for _ in range(2)]
+        async with running_group(settings) as group:
+            alone = expected_output([1, 2], 90)
+            group.submit(1, [1, 2], 90, stop_ids=[alone[70]])
+            group.submit(2, [3], 90)
+            await group.heard.end_of(1, 2)
+            assert group.heard.tokens[1] == expected_output([1, 2], 90, (alone[70],))
+            assert group.heard.tokens[2] == expected_output([3], 90)
+            assert max(_counts(group)) > 1
+            await group.settled()
+
+    asyncio.run(run())
+
+
+def test_the_clocks_of_the_ranks_are_measured() -> None:
+    async def run() -> None:
+        async with running_group() as group:
+            group.submit(1, [1, 2], 20)
+            await group.heard.until(lambda: 1 in group.metrics.command_arrival_skew)
+            await group.heard.end_of(1)
+            assert set(group.metrics.worker_idle_seconds) == {0, 1}
+            assert set(group.metrics.command_arrival_skew) == {1}
+
+    asyncio.run(run())
+
+
+def test_samples_of_one_call_and_requests_of_one_tenant_share_what_others_do_not() -> None:
+    async def run() -> None:
+        settings = [FakeSettings(num_blocks=128) for _ in range(2)]
+        async with running_group(settings) as group:
+            prompt = list(range(20))
+            calls: dict[int, dict[str, Any]] = {
+                1: {"tenant": "a", "use_prefix_cache": True},
+                2: {"tenant": "b", "use_prefix_cache": True},
+                3: {"group": 3},
+                4: {"group": 3},
+            }
+            for handle, fields in calls.items():
+                submit = make_submit(handle, prompt, 5, request_id=f"request-{handle}")
+                for name, value in fields.items():
+                    setattr(submit, name, value)
+                group.book.submit(0, submit)
+                group.leader.wake()
+                if handle != 3:
+                    await group.heard.end_of(handle)
+            await group.heard.end_of(1, 2, 3, 4)
+            assert set(map(tuple, group.heard.tokens.values())) == {
+                tuple(expected_output(prompt, 5))
+            }
+            cached = [
+                opened.cached_len
+                for command in group.workers[0].commands
+                for opened in _delta(command.delta).opened_slots
+            ]
+            assert cached == [0, 0, 0, 16]
+            again = make_submit(5, prompt, 5)
+            again.tenant, again.use_prefix_cache = "b", True
+            group.book.submit(0, again)
+            group.leader.wake()
+            await group.heard.end_of(5)
+            assert (group.metrics.prefix_cache_queries, group.metrics.prefix_cache_hits) == (
+                100,
+                32,
+            )
             await group.settled()
 
     asyncio.run(run())

@@ -88,7 +88,7 @@ def test_ports_and_probes_of_a_container_are_those_of_its_daemon(
     assert ports["metrics" if is_public else "metrics-rank0"] == found["metrics"]
     if words[0] == "serve":
         config = serve_config(words[1:], pod.environ(container))
-        base = config.worker_metrics_port
+        base = config.worker_metrics_port(0)
         ranks = {f"metrics-rank{rank}": base + rank for rank in range(config.num_ranks)}
         assert ranks.items() <= ports.items()
     if words[0] == "workers":

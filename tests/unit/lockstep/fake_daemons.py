@@ -13,16 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 _POLL_S = 0.02
 
-# argv: name, port, ready file, journal, what to do once ready.
+# argv: name, port, metrics port, ready file, journal, what to do once ready.
 _DAEMON = """
 import json, os, signal, sys, time
-name, port, ready_file, journal, script = sys.argv[1:]
+name, port, metrics_port, ready_file, journal, script = sys.argv[1:]
 
 def note(**what):
-    line = json.dumps({"name": name, "pid": os.getpid(), "port": int(port), **what})
+    line = json.dumps({"name": name, "pid": os.getpid(), "port": int(port),
+                       "metrics_port": int(metrics_port), **what})
     with open(journal, "a") as file:
         file.write(line + "\\n")
 
@@ -53,16 +54,17 @@ daemon = given["daemon"]
 
 def worker(rank, port, metrics_port, ready_file):
     scripts = given["workers"]
-    return [sys.executable, "-c", daemon, f"worker {rank}", str(port), ready_file,
-            given["journal"], scripts[min(rank, len(scripts) - 1)]]
+    return [sys.executable, "-c", daemon, f"worker {rank}", str(port), str(metrics_port),
+            ready_file, given["journal"], scripts[min(rank, len(scripts) - 1)]]
 
 def coordinator(addresses, port, metrics_port, ready_file):
     return [sys.executable, "-c", daemon, "coordinator " + ",".join(addresses), str(port),
-            ready_file, given["journal"], given["coordinator"]]
+            str(metrics_port), ready_file, given["journal"], given["coordinator"]]
 
 group = GroupSpec(
     num_ranks=given["num_ranks"], worker_command=worker, coordinator_command=coordinator,
     coordinator_ports=(0, 0), environ={"PATH": "/usr/bin:/bin", "TMPDIR": given["tmp"]},
+    worker_metrics_port=lambda rank: 9860 + rank,
     restarts=given["restarts"], drain_timeout_s=given["drain_timeout_s"],
     worker_stop_timeout_s=2.0, worker_start_timeout_s=20.0,
 )
@@ -81,6 +83,7 @@ class Supervised:
         self.process = process
         self.tmp = tmp
         self._journal = journal
+        self._said = ""
 
     def notes(self, event: str = "start") -> list[dict[str, Any]]:
         """What daemons noted so far, oldest first."""
@@ -101,9 +104,15 @@ class Supervised:
     def wait_ready(self) -> int:
         """Waits for the group to be ready; the coordinator's pid."""
         assert self.process.stdout is not None
-        readable, _, _ = select.select([self.process.stdout], [], [], WAIT_S)
-        assert readable, "never ready"
-        return int(self.process.stdout.readline())
+        output = self.process.stdout.fileno()
+        # Read past the stream, which could hold a second line that select does not see.
+        while "\n" not in self._said:
+            assert select.select([output], [], [], WAIT_S)[0], "never ready"
+            said = os.read(output, 4096).decode()
+            assert said, f"ended before it was ready: {self.wait_exit()}"
+            self._said += said
+        pid, _, self._said = self._said.partition("\n")
+        return int(pid)
 
     def wait_exit(self) -> tuple[int, str]:
         """Waits for the supervisor's end: exit code and standard error."""

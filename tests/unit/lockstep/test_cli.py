@@ -23,7 +23,7 @@ def _run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(_ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
 
@@ -63,6 +63,28 @@ def test_a_server_that_is_not_there_is_named_on_one_line(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert address in said and "`lockstep serve`" in said
+
+
+def test_a_host_without_an_address_is_named_with_what_to_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # .invalid never resolves (RFC 6761).
+    assert main(["generate", "--address", "host.invalid:1", "--prompt", "Hello"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "host.invalid" in said and "`lockstep serve`" in said
+
+
+@pytest.mark.parametrize("words", [["--help"], ["bench", "--help"]])
+def test_a_reader_that_leaves_ends_a_command_without_a_word(words: list[str]) -> None:
+    command = [sys.executable, "-m", "lockstep", *words]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as output:
+        result = subprocess.run(
+            command, cwd=_ROOT, stdout=output, stderr=subprocess.PIPE, timeout=100, check=False
+        )
+    assert (result.returncode, result.stderr) == (141, b"")
 
 
 def test_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,10 @@ class ScriptedServer(generate_pb2_grpc.GenerateServiceServicer):
 
     def Generate(self, request: generate_pb2.GenerateRequest, context: Any) -> Iterator[Any]:
         self.requests.append(request)
+        context.set_trailing_metadata((("lockstep-queue-ms", "1.500"), ("other", "x")))
+        if request.sampling_params.n > 1:
+            yield from _samples(request.sampling_params.n)
+            return
         yield generate_pb2.GenerateResponse(
             started=generate_pb2.Started(request_id="r", seed=7, prompt_token_count=3)
         )
@@ -50,6 +54,20 @@ class ScriptedServer(generate_pb2_grpc.GenerateServiceServicer):
 
     def GetServerInfo(self, request: Any, context: Any) -> Any:
         return generate_pb2.GetServerInfoResponse(version="9", epoch=2)
+
+
+def _samples(count: int) -> Iterator[generate_pb2.GenerateResponse]:
+    """Deltas of all samples mixed, the last sample finished first."""
+    yield generate_pb2.GenerateResponse(started=generate_pb2.Started(request_id="r", seed=7))
+    for word in ("I am ", "number "):
+        for index in range(count):
+            delta = generate_pb2.Delta(text=f"{word}", token_ids=[index], sample_index=index)
+            yield generate_pb2.GenerateResponse(delta=delta)
+    for index in reversed(range(count)):
+        usage = generate_pb2.Usage(output_token_count=2)
+        yield generate_pb2.GenerateResponse(
+            finished=generate_pb2.Finished(usage=usage, sample_index=index)
+        )
 
 
 @pytest.fixture
@@ -144,6 +162,47 @@ def test_generate_that_fails_says_why_and_exits_1(
 ) -> None:
     assert generate.main(["--address", server[1], "--prompt", "fail"]) == 1
     assert "rank 1 lost at step 5" in capsys.readouterr().err
+
+
+def test_samples_are_told_apart_and_finished_is_sample_0s(server: Any) -> None:
+    with Client(server[1]) as client:
+        generation = client.generate(text_request("x", n=3), 10.0)
+        assert {delta.sample_index for delta in generation} == {0, 1, 2}
+        assert sorted(generation.finished_samples) == [0, 1, 2]
+        assert generation.finished == generation.finished_samples[0]
+
+
+def test_times_are_the_servers_trailing_metadata_also_after_an_error(server: Any) -> None:
+    with Client(server[1]) as client:
+        generation = client.generate(text_request("x"), 10.0)
+        list(generation)
+        assert generation.times == {"lockstep-queue-ms": "1.500"}
+        failing = client.generate(text_request("fail"), 10.0)
+        with pytest.raises(CallFailed):
+            list(failing)
+        assert failing.times == {"lockstep-queue-ms": "1.500"}
+
+
+def test_generate_prints_times_and_samples_when_asked(
+    server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--address", server[1], "--prompt", "x", "--n", "2", "--times", "--verbose"]
+    assert generate.main(words) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "--- 0\nI am number \n--- 1\nI am number \n"
+    assert shown.err.startswith("queue-ms 1.500\n")
+    assert "4 output tokens" in shown.err
+
+
+def test_generate_sets_the_request_fields_that_are_given(server: Any) -> None:
+    words = ["--address", server[1], "--prompt", "x"]
+    assert generate.main(words) == 0
+    given = [*words, "--priority", "-3", "--tenant", "acme", "--no-prefix-cache"]
+    assert generate.main(given) == 0
+    plain, telling = server[0].requests
+    assert not plain.HasField("use_prefix_cache") and not plain.tenant and not plain.priority
+    assert (telling.priority, telling.tenant) == (-3, "acme")
+    assert telling.HasField("use_prefix_cache") and not telling.use_prefix_cache
 
 
 def test_chat_keeps_the_conversation(

@@ -20,7 +20,8 @@ def _flag(command: object, name: str) -> str:
 
 def test_flags_reach_the_daemons_that_own_them(tmp_path: Path) -> None:
     words = ["--model", str(tmp_path), "--tp", "3", "--dtype", "float32", "--step-timeout", "7"]
-    config = serve_config([*words, *_CPU, "--num-threads", "2", "--log-format", "json"], {})
+    words += ["--num-threads", "2", "--log-format", "json", "--metrics-host", "10.0.0.1"]
+    config = serve_config([*words, *_CPU], {})
     group = group_spec(config, tmp_path, {})
     worker = group.worker_command(1, 50101, 9861, "/r")
     assert _flag(worker, "--device") == "cpu"
@@ -36,6 +37,7 @@ def test_flags_reach_the_daemons_that_own_them(tmp_path: Path) -> None:
         assert _flag(command, "--model") == str(tmp_path)
         assert _flag(command, "--ready-file") == "/r"
         assert _flag(command, "--log-format") == "json"
+        assert _flag(command, "--metrics-host") == "10.0.0.1"
 
 
 def test_threads_are_the_ranks_share_of_the_cores(
@@ -65,8 +67,25 @@ def test_hub_id_is_the_served_name_and_a_folder_is_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "ports"),
+    [
+        ([], [9860, 9861]),
+        (["--metrics-port", "7000"], [7009, 7010]),
+        (["--metrics-port", "0"], [0, 0]),
+    ],
+)
+def test_ranks_have_metrics_ports_that_a_scraper_can_know(
+    tmp_path: Path, words: list[str], ports: list[int]
+) -> None:
+    config = serve_config(["--model", str(tmp_path), "--tp", "2", *_CPU, *words], {})
+    group = group_spec(config, tmp_path, {})
+    assert [group.worker_metrics_port(rank) for rank in range(2)] == ports
+
+
+@pytest.mark.parametrize(
     ("words", "named"),
     [
+        (["--model", "m", "--tp", "2", "--metrics-port", "65526", *_CPU], "rank 1 .* port 65536"),
         ([], "--model"),
         (["--model", "m", "--tp", "0"], "--tp"),
         (["--model", "m", "--tp", "65"], "--tp is 65"),

@@ -22,6 +22,13 @@ def test_workers_first_then_a_coordinator_that_knows_their_addresses(tmp_path: P
         assert list(group.tmp.iterdir()) == []
 
 
+def test_workers_are_given_their_metrics_ports(tmp_path: Path) -> None:
+    with supervised(tmp_path) as group:
+        group.wait_ready()
+        for rank in range(2):
+            assert group.wait_notes(f"worker {rank}", 1)[0]["metrics_port"] == 9860 + rank
+
+
 def test_killed_worker_is_started_again_on_its_port(tmp_path: Path) -> None:
     with supervised(tmp_path) as group:
         coordinator = group.wait_ready()
@@ -36,9 +43,10 @@ def test_killed_worker_is_started_again_on_its_port(tmp_path: Path) -> None:
 def test_worker_that_exits_after_serving_is_started_again_whatever_its_code(
     tmp_path: Path,
 ) -> None:
-    once = SERVES.replace("time.sleep(600)", "time.sleep(600 if int(port) else 0.5); sys.exit(4)")
-    with supervised(tmp_path, workers=[once]) as group:
+    exits = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(4)); " + SERVES
+    with supervised(tmp_path, workers=[exits]) as group:
         group.wait_ready()
+        os.kill(group.wait_notes("worker 0", 1)[0]["pid"], signal.SIGUSR1)
         group.wait_notes("worker 0", 2)
 
 
@@ -66,10 +74,9 @@ def test_third_lost_coordinator_ends_with_group_lost(tmp_path: Path) -> None:
         group.assert_nothing_left()
 
 
-def test_coordinator_that_crashes_after_serving_restarts_the_group(tmp_path: Path) -> None:
-    crashes = SERVES.replace(
-        "time.sleep(600)", "time.sleep(600 if int(port) else 0.3); sys.exit(1)"
-    )
+def test_coordinator_that_crashes_once_it_has_served_restarts_the_group(tmp_path: Path) -> None:
+    # At once: its end may be seen before its ready file.
+    crashes = SERVES.replace("time.sleep(600)", "int(port) or os._exit(1); time.sleep(600)")
     with supervised(tmp_path, coordinator=crashes) as group:
         first = group.wait_ready()
         assert group.wait_ready() != first

@@ -53,10 +53,16 @@ def all_reduce(
     inputs = [make_input(r, shape, dtype, integral) for r in range(rank.world_size)]
     tensor = inputs[rank.rank].to(rank.device, copy=True)
     before = comm.stats.all_reduce.calls, comm.stats.all_reduce.bytes
+    seconds = comm.stats.seconds
     result = comm.all_reduce(tensor, op)
     assert result is tensor
     after = comm.stats.all_reduce.calls, comm.stats.all_reduce.bytes
     assert after == (before[0] + 1, before[1] + tensor.nbytes)
+    if rank.device.type == "cpu":
+        assert seconds is not None and comm.stats.seconds is not None
+        assert comm.stats.seconds > seconds
+    else:
+        assert comm.stats.seconds is None
     torch.testing.assert_close(tensor.cpu(), expected_reduction(inputs, op), rtol=0, atol=0)
     return digest(tensor)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from protos.lockstep.v1.worker_pb2 import EngineConfig, SlotOpen, StepCommand, TableDelta
+from protos.lockstep.v1.worker_pb2 import EngineConfig, SlotOpen, TableDelta
+from tests.helpers.command_maker import CommandMaker, packed
 from tests.helpers.tiny_models import write_tiny_model
 from worker.chunk_tokens import ChunkShape, pack_chunks, view_chunks
 from worker.config import WorkerConfig
@@ -21,6 +21,7 @@ from worker.executor import StepExecutor
 from worker.model_runner import FLAG_NOT_FINITE, FLAG_STOP
 from worker.models.spec import load_model_spec
 from worker.rank import Rank
+from worker.sampling_params import SlotParams
 from worker.tables import Chunk, Sequence
 
 BLOCK = 4
@@ -28,35 +29,18 @@ PROMPT = [5, 9, 200, 31, 77, 8, 150]
 NUM_BLOCKS = 40
 
 
-def packed(*numbers: int) -> bytes:
-    return np.asarray(numbers, "<i4").tobytes()
-
-
 class Commands:
     """Numbers and digests commands for an executor, as a coordinator does."""
 
     def __init__(self, executor: StepExecutor) -> None:
         self._executor = executor
-        self._command_id = 0
-        self._next_step = 1
-        self._digest = bytes(8)
+        self._maker = CommandMaker(epoch=1)
 
     def run(self, delta: TableDelta, steps: int = 1) -> list[list[tuple[int, int]]]:
         """(token id, flags) of every entry of every step."""
-        serialised = delta.SerializeToString()
-        self._digest = hashlib.blake2b(self._digest + serialised, digest_size=32).digest()[:8]
-        self._command_id += 1
-        command = StepCommand(
-            command_id=self._command_id,
-            epoch=1,
-            first_step=self._next_step,
-            step_count=steps,
-            delta=serialised,
-            digest=self._digest,
-        )
-        self._next_step += steps
+        command = self._maker.next(delta, steps)
         results = []
-        for pending in self._executor.execute(command):
+        for pending in self._executor.execute(command, arrived=0.0):
             pending.wait()
             token_ids = pending.tensors["token_ids"][pending.entries].tolist()
             flags = pending.tensors["flags"][pending.entries].tolist()
@@ -102,7 +86,7 @@ def rank(model_dir: Path) -> Iterator[Rank]:
     config = WorkerConfig(model_dir, "cpu", "127.0.0.1", 0, 0, 1, "", "", "text")
     with torch.no_grad():
         made = Rank(config, load_model_spec(model_dir))
-        made.load(engine_config(), lambda done, total: None)
+        made.load(engine_config())
         made.join(b"", timeout_s=10)
         yield made
 
@@ -169,6 +153,40 @@ def test_row_at_its_limit_is_inert_until_the_limit_rises(
     assert commands.decode([1], steps=4) == [[greedy[1]], [greedy[2]], [-1], [-1]]
     raised = TableDelta(limits=packed(1, len(PROMPT) + 3), row_count=1)
     assert commands.run(raised, steps=2) == [[(greedy[3], 0)], [(-1, 0)]]
+
+
+def test_rows_go_inert_one_by_one_within_a_command_of_eight_steps(
+    commands: Commands, greedy: list[int]
+) -> None:
+    for slot, limit in ((1, 2), (2, 5), (3, 40)):
+        commands.run(prefill(opening(slot, limit=min(len(PROMPT) + limit, 40)), PROMPT))
+    steps = commands.decode([1, 2, 3], steps=8)
+    for row, count in enumerate((2, 5, 8)):
+        expected = greedy[1 : 1 + count] + [-1] * (8 - count)
+        assert [step[row] for step in steps] == expected
+
+
+def test_chunks_of_a_command_run_in_its_first_step_alone(
+    commands: Commands, greedy: list[int]
+) -> None:
+    commands.run(prefill(opening(1), PROMPT))
+    commands.decode([1], steps=1)
+    mixed = prefill(opening(2), PROMPT)
+    mixed.row_count = 1
+    steps = commands.run(mixed, steps=3)
+    assert [[token for token, _ in step] for step in steps] == [
+        [greedy[2], greedy[0]],
+        [greedy[3]],
+        [greedy[4]],
+    ]
+    assert commands.decode([1, 2], steps=2) == [[greedy[5], greedy[1]], [greedy[6], greedy[2]]]
+
+
+def test_time_in_collectives_is_measured_from_the_epoch_on(rank: Rank, commands: Commands) -> None:
+    assert rank.executor is not None and rank.comm is not None
+    assert rank.executor.comm_seconds == 0.0
+    rank.comm.stats.add_seconds(0.25)
+    assert rank.executor.comm_seconds == pytest.approx(0.25)
 
 
 def test_row_that_chose_a_stop_id_says_so_and_goes_inert(
@@ -238,12 +256,15 @@ def test_refused_command_launches_nothing(commands: Commands, greedy: list[int])
 
 
 def test_rank_reused_by_the_next_epoch_keeps_its_weights(rank: Rank) -> None:
-    loaded = rank.load(engine_config(), lambda done, total: None)
-    assert rank.load(engine_config(), lambda done, total: None) is loaded
+    rank.load(engine_config())
+    loaded = rank.loaded
+    rank.load(engine_config())
+    assert rank.loaded is loaded
     other = engine_config()
     other.dtype = "bfloat16"
-    assert rank.load(other, lambda done, total: None) is not loaded
-    rank.load(engine_config(), lambda done, total: None)
+    rank.load(other)
+    assert rank.loaded is not loaded
+    rank.load(engine_config())
 
 
 def test_padding_of_a_mixed_step_changes_no_logit(rank: Rank, commands: Commands) -> None:
@@ -252,7 +273,7 @@ def test_padding_of_a_mixed_step_changes_no_logit(rank: Rank, commands: Commands
     executor = rank.executor
     assert executor is not None
     runner, blocks = executor._runner, list(range(29, 19, -1))
-    sequence = Sequence(2, len(PROMPT), len(PROMPT), 40, blocks, opening(2))
+    sequence = Sequence(2, len(PROMPT), len(PROMPT), 40, blocks, SlotParams())
     chunks = [Chunk(sequence, 0, np.asarray(PROMPT, np.int32))]
     # Slot 2's blocks on the device; its row stays empty.
     runner.tables.block_table[2, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)

@@ -16,7 +16,8 @@ from worker.tables import BatchTables, CommandFence, TableLimits
 LIMITS = TableLimits(
     max_num_seqs=4,
     max_batch_tokens=16,
-    max_blocks_per_seq=3,
+    max_blocks_per_seq=4,
+    max_model_len=13,
     block_size=4,
     num_blocks=9,
     vocab_size=100,
@@ -33,6 +34,7 @@ def opening(slot: int = 1, **fields: object) -> SlotOpen:
         "prefill_len": 5,
         "limit": 8,
         "block_ids": packed(3, 4),
+        "repetition_penalty": 1.0,
     }
     return SlotOpen(slot=slot, **{**values, **fields})  # type: ignore[arg-type]
 
@@ -86,6 +88,23 @@ def test_slot_closed_by_a_command_may_be_opened_by_the_same_command() -> None:
     assert not tables.sequences[1].is_decoding
 
 
+def test_cached_prefix_starts_the_chunks_behind_it_and_counts_its_tokens() -> None:
+    tables = decoding_tables()
+    cached = opening(3, cached_len=4, presence_penalty=0.5, cached_token_ids=packed(1, 2, 3, 4))
+    cached.block_ids = packed(2, 8)  # block 2 is slot 1's
+    applied = tables.apply(
+        TableDelta(
+            opened_slots=[cached],
+            chunks=packed(3, 4, 1),
+            chunk_token_ids=packed(5),
+            row_count=2,
+        )
+    )
+    assert [(c.start, c.token_ids.tolist()) for c in applied.counted] == [(0, [1, 2, 3, 4])]
+    assert [(c.start, c.is_final) for c in applied.chunks] == [(4, True)]
+    assert tables.sequences[3].is_decoding
+
+
 REFUSED: dict[str, Callable[[], TableDelta]] = {
     "slot 0 is not in 1..4": lambda: TableDelta(opened_slots=[opening(0)]),
     "slot 5 is not in 1..4": lambda: TableDelta(opened_slots=[opening(5)]),
@@ -108,6 +127,34 @@ REFUSED: dict[str, Callable[[], TableDelta]] = {
     "row 4 is not in": lambda: TableDelta(row_changes=packed(4, 1), row_count=2),
     "row_count is 1": lambda: TableDelta(row_count=1),
     "name slot 1": lambda: TableDelta(row_changes=packed(1, 1), row_count=2),
+    "cached_len -4 is not a multiple": lambda: TableDelta(opened_slots=[opening(3, cached_len=-4)]),
+    "cached_len 3 is not a multiple": lambda: TableDelta(opened_slots=[opening(3, cached_len=3)]),
+    "cached_len 8 is not a multiple of block_size 4 from 0 to below prefill_len 5": lambda: (
+        TableDelta(opened_slots=[opening(3, cached_len=8)])
+    ),
+    "cached_len 8 is above 4, the positions": lambda: TableDelta(
+        opened_slots=[opening(3, prefill_len=9, cached_len=8, block_ids=packed(5))]
+    ),
+    "chunk 0\\+1 does not follow 4": lambda: TableDelta(
+        opened_slots=[opening(3, cached_len=4)], chunks=packed(3, 0, 1), chunk_token_ids=packed(1)
+    ),
+    "4 cached_token_ids came; its cached_len 4 and penalties want 0": lambda: TableDelta(
+        opened_slots=[opening(3, cached_len=4, cached_token_ids=packed(1, 2, 3, 4))]
+    ),
+    "3 cached_token_ids came; its cached_len 4 and penalties want 4": lambda: TableDelta(
+        opened_slots=[
+            opening(3, cached_len=4, frequency_penalty=1.0, cached_token_ids=packed(1, 2, 3))
+        ]
+    ),
+    "a cached token id is not in 0..99": lambda: TableDelta(
+        opened_slots=[
+            opening(3, cached_len=4, frequency_penalty=1.0, cached_token_ids=packed(1, 2, -1, 4))
+        ]
+    ),
+    "limit 13 is not below max_model_len 13": lambda: TableDelta(
+        opened_slots=[opening(3, limit=13, block_ids=packed(5, 6, 7, 8))]
+    ),
+    "temperature is nan": lambda: TableDelta(opened_slots=[opening(3, temperature=float("nan"))]),
     "still in prefill": lambda: TableDelta(
         opened_slots=[opening(3)], row_changes=packed(2, 3), row_count=3
     ),

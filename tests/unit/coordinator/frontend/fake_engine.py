@@ -56,6 +56,7 @@ class FakeEngine:
     submits: asyncio.Queue[engine_pb2.Submit] = field(default_factory=asyncio.Queue)
     releases: asyncio.Queue[engine_pb2.Release] = field(default_factory=asyncio.Queue)
     aborts: asyncio.Queue[engine_pb2.AbortByName] = field(default_factory=asyncio.Queue)
+    stream_counts: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
     rejected: Counter[str] = field(default_factory=Counter)
     listening: asyncio.Event = field(default_factory=asyncio.Event)
     rejections_arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,6 +80,8 @@ class FakeEngine:
                 case "rejected":
                     self.rejected[message.rejected.reason] += message.rejected.count
                     self.rejections_arrived.set()
+                case "alive":
+                    self.stream_counts.put_nowait(message.alive.stream_count)
                 case "listening":
                     self.port = message.listening.port
                     self.listening.set()
@@ -130,14 +133,28 @@ class FakeEngine:
         handle: int,
         reason: generate_pb2.FinishReason = generate_pb2.FINISH_REASON_LENGTH,
         stop_token_id: int = 0,
+        times: engine_pb2.RequestTimes | None = None,
     ) -> None:
         """Ends a request well."""
         self.send(
-            ended=engine_pb2.Ended(handle=handle, finish_reason=reason, stop_token_id=stop_token_id)
+            ended=engine_pb2.Ended(
+                handle=handle, finish_reason=reason, stop_token_id=stop_token_id, times=times
+            )
         )
 
+    def answer_release(
+        self, release: engine_pb2.Release, times: engine_pb2.RequestTimes | None = None
+    ) -> None:
+        """What the engine says to a release."""
+        self.send(ended=engine_pb2.Ended(handle=release.handle, times=times))
+
     def refuse(
-        self, handle: int, code: grpc.StatusCode, message: str, retry_after_s: float = 0.0
+        self,
+        handle: int,
+        code: grpc.StatusCode,
+        message: str,
+        retry_after_s: float = 0.0,
+        times: engine_pb2.RequestTimes | None = None,
     ) -> None:
         """Ends a request with a status."""
         self.send(
@@ -146,6 +163,7 @@ class FakeEngine:
                 status_code=code.value[0],
                 status_message=message,
                 retry_after_seconds=retry_after_s,
+                times=times,
             )
         )
 
@@ -178,7 +196,9 @@ async def within(awaitable: Awaitable[T], timeout_s: float = WAIT_S) -> T:
         return await awaitable
 
 
-def frontend_config(model: Path, silence_timeout: float = 60.0) -> FrontendConfig:
+def frontend_config(
+    model: Path, silence_timeout: float = 60.0, slow_client_seconds: float = 60.0
+) -> FrontendConfig:
     """Settings of a frontend on any port; its engine is this process."""
     return FrontendConfig(
         engine_fd=-1,
@@ -189,13 +209,17 @@ def frontend_config(model: Path, silence_timeout: float = 60.0) -> FrontendConfi
         port=0,
         silence_timeout=silence_timeout,
         num_frontends=1,
+        slow_client_seconds=slow_client_seconds,
         log_format="text",
     )
 
 
 @contextlib.asynccontextmanager
 async def serving(
-    model: Path, silence_timeout: float = 60.0, is_ready: bool = True
+    model: Path,
+    silence_timeout: float = 60.0,
+    is_ready: bool = True,
+    slow_client_seconds: float = 60.0,
 ) -> AsyncIterator[Served]:
     """Runs a frontend for the length of the block; afterwards it has ended."""
     ours, theirs = socket.socketpair()
@@ -204,7 +228,8 @@ async def serving(
     reader, writer = await asyncio.open_unix_connection(sock=ours)
     engine = FakeEngine(reader, writer)
     listening = asyncio.create_task(engine.listen())
-    ending = asyncio.create_task(run_frontend(frontend_config(model, silence_timeout), theirs))
+    config = frontend_config(model, silence_timeout, slow_client_seconds)
+    ending = asyncio.create_task(run_frontend(config, theirs))
     try:
         await within(engine.listening.wait())
         if is_ready:

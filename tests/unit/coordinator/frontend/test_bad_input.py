@@ -84,6 +84,19 @@ BAD = {
     "many stop ids": (request(stop_token_ids=range(17)), ["stop_token_ids", "17", "at most 16"]),
     "unknown stop id": (request(stop_token_ids=[9999]), ["stop_token_ids[0]", "9999", "511"]),
     "long request id": (with_fields(request_id="r" * 257), ["request_id", "1 to 256"]),
+    "n 0": (request(n=0), ["n", "0", "at least 1"]),
+    "n too large": (request(n=17), ["n", "17", "at most 16"]),
+    "n with resumed ids": (
+        generate_pb2.GenerateRequest(
+            text="hello",
+            resume_output_ids=[1],
+            sampling_params=generate_pb2.SamplingParams(n=2),
+        ),
+        ["n", "2", "resume_output_ids"],
+    ),
+    "priority": (with_fields(priority=101), ["priority", "101", "at most 100"]),
+    "negative priority": (with_fields(priority=-101), ["priority", "-101", "at least -100"]),
+    "long tenant": (with_fields(tenant="t" * 65), ["tenant", "at most 64"]),
     "another model": (with_fields(model="gpt"), ["model", "'gpt'", "'tiny'"]),
     "unknown resumed id": (
         with_fields(resume_output_ids=[VOCAB_SIZE]),

@@ -124,7 +124,7 @@ def test_special_tokens_show_only_if_wanted() -> None:
     assert _stream(Tokenizer(rust, {}), [end], False) == ["<|im_end|>", ""]
 
 
-def test_a_long_output_feeds_each_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_output_feeds_each_token_at_most_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
     feed = text_stream.ByteLevelStage.feed
 
@@ -137,7 +137,17 @@ def test_a_long_output_feeds_each_token_once(monkeypatch: pytest.MonkeyPatch) ->
     rust = byte_level()
     tokenizer = Tokenizer(rust, {})
     _stream(tokenizer, _bytes(rust, "日本語 ".encode() * 100), True)
-    assert calls == len("日本語 ".encode()) * 100
+    # Bytes of longer characters each time, as they need their neighbours; the space once.
+    assert calls == len("日本語".encode()) * 100 + 1
+
+
+@pytest.mark.parametrize("kind", STREAMING_KINDS)
+def test_remembered_texts_are_those_of_a_fresh_tokenizer(kind: str) -> None:
+    used = Tokenizer(STREAMING_KINDS[kind](), {})
+    ids = [*range(used.vocab_size), *range(used.vocab_size - 1, -1, -1)]
+    for skip in (True, False, True, False):
+        fresh = Tokenizer(STREAMING_KINDS[kind](), {})
+        assert _stream(used, ids, skip) == _stream(fresh, ids, skip)
 
 
 def test_planted_fault_a_decoder_that_drops_bytes_is_caught(

@@ -15,6 +15,7 @@ from coordinator.frontend.validation import (
     RequestFields,
     SamplingParams,
     check_prompt_length,
+    check_scheduling,
     check_text,
     check_text_length,
     check_token_ids,
@@ -233,3 +234,37 @@ def test_random_seeds_differ_and_fit_a_signed_64_bit_integer() -> None:
     seeds = {random_seed() for _ in range(100)}
     assert len(seeds) == 100
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("n", [1, 16])
+def test_samples_up_to_the_limit(n: int) -> None:
+    assert _resolve(n=n).num_samples == n
+
+
+@pytest.mark.parametrize("n", [0, -1, 17])
+def test_samples_outside_are_refused(n: int) -> None:
+    with pytest.raises(BadRequest, match=f"n is {n}; it must be at least 1 and at most 16"):
+        _resolve(n=n)
+
+
+def test_resumed_output_is_of_one_sample() -> None:
+    assert _resolve(num_resumed=2, n=1).num_samples == 1
+    with pytest.raises(BadRequest, match="n is 2; it must be 1 with resume_output_ids"):
+        _resolve(num_resumed=2, n=2)
+
+
+def test_seeds_of_samples_count_up_and_wrap_to_int64() -> None:
+    assert [_resolve(seed=-1).sample_seed(index) for index in range(3)] == [-1, 0, 1]
+    last = _resolve(seed=2**63 - 1, n=2)
+    assert [last.sample_seed(index) for index in range(2)] == [2**63 - 1, -(2**63)]
+
+
+def test_priority_and_tenant_at_their_limits() -> None:
+    for priority in (-100, 100):
+        check_scheduling(priority, "t" * 64)
+    with pytest.raises(BadRequest, match="priority is 101; .* at most 100"):
+        check_scheduling(101, "")
+    with pytest.raises(BadRequest, match="priority is -101; .* at least -100"):
+        check_scheduling(-101, "")
+    with pytest.raises(BadRequest, match="tenant is 't.*; it must be at most 64 characters long"):
+        check_scheduling(0, "t" * 65)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from worker.sampling import SlotParams, SlotSampling, add_outputs, is_stop
-from worker.sampling.params import MIN_TEMPERATURE
+from worker.sampling_params import MIN_TEMPERATURE
 
 CPU = torch.device("cpu")
 

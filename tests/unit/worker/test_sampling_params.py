@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from worker.sampling import SamplePlan, SampleVariant, SlotParams, plan_sample
+from worker.sampling_params import SamplePlan, SampleVariant, SlotParams, plan_sample
 
 BEST, CANDIDATES, THRESHOLD = SampleVariant
 

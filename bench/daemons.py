@@ -1,0 +1,106 @@
+"""Daemons for the length of a benchmark, started one by one so that cores can be assigned."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_STOP_LIMIT_S = 15.0
+_SCRAPE_LIMIT_S = 10.0
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a daemon wrote when it was ready."""
+
+    pid: int
+    grpc: str
+    metrics: str
+
+
+class Daemon:
+    """`python -m MODULE ...` pinned to `cores`; None: wherever the kernel likes."""
+
+    def __init__(
+        self, module: str, flags: Sequence[str], ready_file: Path, cores: set[int] | None
+    ) -> None:
+        self._module = module
+        self._ready_file = ready_file
+        command = [sys.executable, "-m", module, *flags, "--ready-file", str(ready_file)]
+        self._process = subprocess.Popen(command, stdout=sys.stderr)
+        if cores:
+            # Threads and children that come later inherit it.
+            os.sched_setaffinity(self._process.pid, cores)
+
+    def ready(self, limit_s: float) -> Ready:
+        """Waits until it serves; RuntimeError if it ends or takes longer."""
+        deadline = time.monotonic() + limit_s
+        while not self._ready_file.exists():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{self._module} is not ready after {limit_s:g} s"
+                    f" (exit code {self._process.returncode})"
+                )
+            time.sleep(0.05)
+        record = json.loads(self._ready_file.read_text(encoding="utf-8"))
+        return Ready(record["pid"], record["grpc"], record["metrics"])
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(timeout=_STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(timeout=_STOP_LIMIT_S)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used, its ended children left out (proc(5), fields 14, 15)."""
+    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+def children(pid: int) -> list[int]:
+    """Its child processes, of all its threads."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += map(int, (task / "children").read_text(encoding="ascii").split())
+    return found
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory that a process has resident (proc(5), VmRSS)."""
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise ProcessLookupError(f"process {pid} has no memory")
+
+
+def scrape(address: str) -> dict[str, float]:
+    """A daemon's metrics by name and labels, as they stand in the text."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://{address}/metrics", timeout=_SCRAPE_LIMIT_S) as response:
+        text = response.read().decode("utf-8")
+    samples = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            samples[name] = float(value)
+    return samples
+
+
+def total(samples: dict[str, float], name: str) -> float:
+    """Sum over all label sets of a metric."""
+    return sum(v for key, v in samples.items() if key == name or key.startswith(name + "{"))

@@ -1,0 +1,242 @@
+"""`lockstep bench overload`: ten times more than the server can take.
+
+Sustainable is the highest open-loop rate without a refusal. Then the same server gets 0.8 and 10
+times that. What is accepted under overload must be served about as well as without; every refusal
+must name a delay; memory must stay; and afterwards the server must be idle and well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvloop
+
+from bench.daemons import Daemon, Ready, children, resident_bytes, scrape, total
+from bench.open_loop import Arrivals, OpenLoop, Outcomes
+from bench.record import RESULTS, Case, Record, command_line, hardware, report, settings, versions
+
+_START_LIMIT_S = 300.0
+_IDLE_LIMIT_S = 30.0
+_SEARCH_STEP = 1.25
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running coordinator: where, and the processes whose memory is watched."""
+
+    address: str
+    metrics: str
+    pids: list[int]
+
+    def resident(self) -> int:
+        """Bytes, of engine and frontends."""
+        return sum(resident_bytes(pid) for pid in self.pids)
+
+
+def main(argv: list[str]) -> int:
+    """Parses, measures, reports; returns 1 if something did not hold."""
+    options = _parser().parse_args(argv)
+    worker_flags, coordinator_flags = _flags(options)
+    with ExitStack() as stack:
+        served = _start(stack, options, worker_flags, coordinator_flags)
+        figures, problems = uvloop.run(_measure(served, options))
+    for problem in problems:
+        _say(f"NOT HELD: {problem}")
+    record = Record(
+        bench="overload",
+        command=command_line("lockstep", "bench", "overload", *argv),
+        server_command=command_line("python", "-m", "coordinator", *coordinator_flags),
+        hardware=hardware(),
+        versions=versions({}),
+        anchor={},
+        config=settings(options, problems=problems),
+        cases=[_case(options, *figure) for figure in figures],
+    )
+    report(record, options.model.name, None if options.dry_run else options.results)
+    return 1 if problems else 0
+
+
+def _flags(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    common = ["--model", str(options.model), "--port", "0", "--metrics-port", "0"]
+    coordinator = [*common, "--dtype", "float32", "--max-num-seqs", str(options.max_num_seqs)]
+    coordinator += ["--max-queue-requests", str(options.max_queue_requests)]
+    coordinator += ["--max-model-len", "1024", "--kv-cache-bytes", options.kv_cache_bytes]
+    return [*common, "--num-threads", "1"], coordinator
+
+
+def _start(
+    stack: ExitStack, options: argparse.Namespace, worker_flags: list[str], flags: list[str]
+) -> Served:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    workers = []
+    for rank in range(options.tp):
+        workers.append(Daemon("worker", worker_flags, folder / f"worker{rank}.json", None))
+        stack.callback(workers[-1].stop)
+    addresses = ",".join(worker.ready(_START_LIMIT_S).grpc for worker in workers)
+    ready_file = folder / "coordinator.json"
+    coordinator = Daemon("coordinator", [*flags, "--workers", addresses], ready_file, None)
+    stack.callback(coordinator.stop)
+    ready: Ready = coordinator.ready(_START_LIMIT_S)
+    return Served(ready.grpc, ready.metrics, [ready.pid, *children(ready.pid)])
+
+
+async def _measure(
+    served: Served, options: argparse.Namespace
+) -> tuple[list[tuple[str, str, float]], list[str]]:
+    """Figures (name, unit, value) and what did not hold."""
+    loop = OpenLoop(served.address)
+    try:
+        await loop.run(_arrivals(options, options.first_rate, options.search_seconds, 1))
+        rate = await _sustainable(loop, options)
+        normal = await loop.run(_arrivals(options, 0.8 * rate, options.seconds, 2))
+        full = await loop.run(_arrivals(options, rate, options.seconds, 3))
+        before = served.resident()
+        flooded = await loop.run(_arrivals(options, 10 * rate, options.seconds, 4))
+    finally:
+        await loop.close()
+    grown_mb = (served.resident() - before) / 1e6
+    idle = _wait_idle(served)
+    figures = [
+        ("sustainable-rate", "req/s", rate),
+        ("normal-ttft-p99", "ms", 1e3 * _p99(normal.first)),
+        ("overload-ttft-p99", "ms", 1e3 * _p99(flooded.first)),
+        ("normal-gap-p99", "ms", 1e3 * _p99(normal.longest_gaps)),
+        ("overload-gap-p99", "ms", 1e3 * _p99(flooded.longest_gaps)),
+        ("sustainable-goodput", "tok/s", full.goodput),
+        ("overload-goodput", "tok/s", flooded.goodput),
+        ("overload-refused", "requests", flooded.num_refused),
+        ("overload-finished", "requests", flooded.num_finished),
+        ("memory-growth", "MB", grown_mb),
+    ]
+    return figures, _problems(normal, full, flooded, grown_mb, idle)
+
+
+async def _sustainable(loop: OpenLoop, options: argparse.Namespace) -> float:
+    """Highest rate of the ladder without a refusal, confirmed over the whole time."""
+    rate = options.first_rate
+    while True:
+        outcomes = await loop.run(
+            _arrivals(options, rate * _SEARCH_STEP, options.search_seconds, 5)
+        )
+        _say(f"{rate * _SEARCH_STEP:.2f} req/s: {_summary(outcomes)}")
+        if outcomes.num_refused or outcomes.others:
+            break
+        rate *= _SEARCH_STEP
+    while True:
+        outcomes = await loop.run(_arrivals(options, rate, options.seconds, 6))
+        _say(f"{rate:.2f} req/s for {options.seconds:g} s: {_summary(outcomes)}")
+        if not outcomes.num_refused and not outcomes.others:
+            return float(rate)
+        rate /= _SEARCH_STEP
+
+
+def _arrivals(options: argparse.Namespace, rate: float, seconds: float, seed: int) -> Arrivals:
+    return Arrivals(
+        rate=rate,
+        seconds=seconds,
+        prompt_tokens=options.prompt_tokens,
+        output_tokens=options.output_tokens,
+        vocab_size=options.vocab_size,
+        deadline_s=options.deadline,
+        seed=seed,
+    )
+
+
+def _problems(
+    normal: Outcomes, full: Outcomes, flooded: Outcomes, grown_mb: float, idle: str
+) -> list[str]:
+    checks = (
+        (not flooded.others, f"calls ended in {flooded.others}"),
+        (flooded.num_refused > 0, "nothing was refused: this was no overload"),
+        (
+            flooded.num_refused_without_delay == 0,
+            f"{flooded.num_refused_without_delay} refusals without a retry delay",
+        ),
+        (_p99(flooded.first) <= 1.5 * _p99(normal.first), "p99 ttft above 1.5x that at 0.8 load"),
+        (
+            _p99(flooded.longest_gaps) <= 1.5 * _p99(normal.longest_gaps),
+            "p99 gap above 1.5x that at 0.8 load",
+        ),
+        (flooded.goodput >= 0.9 * full.goodput, "goodput below 0.9x the sustainable one"),
+        (grown_mb < 50, f"memory grew by {grown_mb:.0f} MB"),
+        (not idle, idle),
+    )
+    return [text for holds, text in checks if not holds]
+
+
+def _wait_idle(served: Served) -> str:
+    """Why the server is not idle after a while; empty if it is.
+
+    An idle engine audits its blocks, slots and rows once a second and ends if they do not add up.
+    """
+    deadline = time.monotonic() + _IDLE_LIMIT_S
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    while True:
+        samples = scrape(served.metrics)
+        busy = {name: total(samples, f"lockstep_{name}") for name in names}
+        if not any(busy.values()):
+            return ""
+        if time.monotonic() > deadline:
+            return f"not idle after {_IDLE_LIMIT_S:g} s: {busy}"
+        time.sleep(0.2)
+
+
+def _p99(values: list[float]) -> float:
+    ordered = sorted(values)
+    return ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else math.nan
+
+
+def _summary(outcomes: Outcomes) -> str:
+    return (
+        f"{outcomes.num_finished} finished, {outcomes.num_refused} refused, {outcomes.others or ''}"
+        f" ttft p99 {1e3 * _p99(outcomes.first):.0f} ms, {outcomes.goodput:.0f} tok/s"
+    )
+
+
+def _case(options: argparse.Namespace, name: str, unit: str, value: float) -> Case:
+    return Case(
+        case=f"overload-{name}",
+        model=options.model.name,
+        tp=options.tp,
+        dtype="float32",
+        batch_size=options.max_num_seqs,
+        context=options.prompt_tokens + options.output_tokens,
+        metric=name,
+        unit=unit,
+        value=value,
+        runs=[value],
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lockstep bench overload", allow_abbrev=False)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--vocab-size", type=int, default=49152, help="of the random prompts")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--max-num-seqs", type=int, default=8)
+    parser.add_argument("--max-queue-requests", type=int, default=4)
+    parser.add_argument("--kv-cache-bytes", default="256M")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--first-rate", type=float, default=0.5, help="requests a second")
+    parser.add_argument("--search-seconds", type=float, default=15.0)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--deadline", type=float, default=60.0, help="of each call, seconds")
+    parser.add_argument("--dry-run", action="store_true", help="keep no file")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

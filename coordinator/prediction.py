@@ -1,0 +1,121 @@
+"""How long a new request would wait for its first token, from what the last steps have shown."""
+
+from dataclasses import dataclass
+
+_STEP_WEIGHT = 0.02  # of the newest step with prompts: about the last 50 count
+_STAY_WEIGHT = 0.05  # of the newest request that gave up its slot
+_ADMISSION_WEIGHT = 0.05  # of the newest request that got one
+
+
+@dataclass(frozen=True)
+class Load:
+    """What holds slots and KV blocks now, and what is to be admitted before a request."""
+
+    num_requests_ahead: float = 0.0
+    num_tokens_ahead: float = 0.0  # of them, and of prompts that are partly prefilled
+    num_running: int = 0
+    num_free_slots: int = 1
+    num_used_positions: int = 0  # in the KV cache
+    num_free_positions: int = 1 << 62
+
+
+class Predictor:
+    """Learns from steps and from requests that give up their slots; predicts seconds.
+
+    Prompts: the time of a step that holds x prompt tokens is fitted as a + b * x over the last
+    steps with prompts, exponentially weighted. So a prompt's share of a step that mostly decodes is
+    not taken for all that the ranks can do, and long chunks are foreseen from short ones.
+
+    Slots and blocks: a request that holds a slot stays `s` seconds on average, so of `n` running
+    one ends every s / n seconds (Little's law), and what is in use comes free within s.
+
+    Prompts that wait are taken to be found in the prefix cache to the share that the last admitted
+    ones were, weighted by their tokens.
+
+    Optimistic where it knows nothing: without steps, or without requests that ended, that part is
+    0. A prediction never falls when more is ahead. Pure: reads no clock. Owned by the event loop.
+    """
+
+    def __init__(self, max_batch_tokens: int) -> None:
+        self._max_batch_tokens = max_batch_tokens
+        self._num_steps = 0
+        # Weighted means of x, y, x * x and x * y.
+        self._x = self._y = self._xx = self._xy = 0.0
+        self._stay_s: float | None = None
+        # Weighted means of the tokens of an admitted request, and of those that had to be computed.
+        self._admitted = self._computed = 0.0
+
+    def observe_step(self, num_prompt_tokens: int, seconds: float) -> None:
+        """A step took that long; steps without prompt tokens say nothing here."""
+        if not num_prompt_tokens:
+            return
+        self._num_steps += 1
+        # The first observations are averaged plainly: none of them starts with a head start.
+        weight = max(_STEP_WEIGHT, 1.0 / self._num_steps)
+        x, y = float(num_prompt_tokens), seconds
+        self._x += weight * (x - self._x)
+        self._y += weight * (y - self._y)
+        self._xx += weight * (x * x - self._xx)
+        self._xy += weight * (x * y - self._xy)
+
+    def observe_admission(self, num_tokens: int, num_cached: int) -> None:
+        """A request got its first slot; of its tokens so many were in the prefix cache."""
+        self._admitted += _ADMISSION_WEIGHT * (num_tokens - self._admitted)
+        self._computed += _ADMISSION_WEIGHT * (num_tokens - num_cached - self._computed)
+
+    def observe_stay(self, seconds: float) -> None:
+        """A request gave up its slot for good that long after it got one."""
+        if self._stay_s is None:
+            self._stay_s = seconds
+        self._stay_s += _STAY_WEIGHT * (seconds - self._stay_s)
+
+    def time_to_first_token(self, num_own_tokens: int, load: Load) -> float:
+        """Seconds until a request with a prompt of that length would get its first token."""
+        lacking_slots = load.num_requests_ahead + 1 - load.num_free_slots
+        # The last position is computed whatever the cache holds.
+        num_own = max(num_own_tokens * self._computed_share, 1.0)
+        num_tokens = load.num_tokens_ahead * self._computed_share + num_own
+        wait_s = max(
+            self._release_s(lacking_slots, load.num_running),
+            self._release_s(num_tokens - load.num_free_positions, load.num_used_positions),
+        )
+        # Prompts ahead are prefilled while this one waits for its slot.
+        return max(
+            wait_s + self._prefill_s(num_own, load.num_running),
+            self._prefill_s(num_tokens, load.num_running),
+        )
+
+    def time_to_drain(self, num_requests: int, num_tokens: int, load: Load) -> float:
+        """Seconds until that much has left the queue."""
+        return max(
+            self._release_s(num_requests - load.num_free_slots, load.num_running),
+            self._prefill_s(num_tokens * self._computed_share, load.num_running),
+        )
+
+    @property
+    def _computed_share(self) -> float:
+        """Of the tokens of a prompt; 1 until something was admitted."""
+        return self._computed / self._admitted if self._admitted else 1.0
+
+    def _release_s(self, num_lacking: float, num_in_use: int) -> float:
+        """Time until so many of those in use are free."""
+        if num_lacking <= 0 or num_in_use <= 0 or self._stay_s is None:
+            return 0.0
+        return self._stay_s * num_lacking / num_in_use
+
+    def _prefill_s(self, num_tokens: float, num_rows: int) -> float:
+        """Time of the steps that prefill so many tokens beside `num_rows` that decode."""
+        if num_tokens <= 0 or not self._num_steps:
+            return 0.0
+        step_s, token_s = self._fit()
+        num_steps = max(num_tokens / max(self._max_batch_tokens - num_rows, 1), 1.0)
+        return num_steps * step_s + num_tokens * token_s
+
+    def _fit(self) -> tuple[float, float]:
+        """a and b of a + b * x, neither negative."""
+        variance = self._xx - self._x * self._x
+        if variance <= 1e-6 * self._xx:  # all alike: no slope can be told
+            return self._y, 0.0
+        slope = (self._xy - self._x * self._y) / variance
+        slope = min(max(slope, 0.0), self._y / self._x)
+        return self._y - slope * self._x, slope

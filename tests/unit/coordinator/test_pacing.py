@@ -1,0 +1,87 @@
+"""Two steps to about four milliseconds of work are outstanding."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.outstanding import Outstanding, SentCommand
+from coordinator.pacing import Pacing
+
+
+def settled(decode_micros: int, mixed_micros: int = 4000) -> Pacing:
+    pacing = Pacing()
+    for _ in range(200):
+        pacing.observe(decode_micros, is_mixed=False)
+        pacing.observe(mixed_micros, is_mixed=True)
+    return pacing
+
+
+def filled(pacing: Pacing, outstanding: Outstanding, num_steps: int) -> list[int]:
+    """Sends until enough is outstanding; returns the steps of each command sent."""
+    sent = []
+    last_step = outstanding.last_reported_step
+    last_step += outstanding.num_decode_steps + outstanding.num_mixed_steps
+    while pacing.wants_more(outstanding, num_steps):
+        command_id = last_step + 1
+        outstanding.add(SentCommand(command_id, last_step + 1, num_steps, [], []))
+        last_step += num_steps
+        sent.append(num_steps)
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("micros", "commands"),
+    [
+        (200, [8, 8]),
+        (300, [6, 6]),
+        (600, [3, 3]),
+        (900, [2, 2]),
+        (1500, [1, 1]),
+        (2000, [1, 1]),
+        (5000, [1, 1]),
+        (500_000, [1, 1]),
+    ],
+)
+def test_quick_steps_are_granted_several_at_a_time_in_two_commands(
+    micros: int, commands: list[int]
+) -> None:
+    pacing = settled(micros)
+    assert filled(pacing, Outstanding(), pacing.steps_per_grant) == commands
+
+
+@pytest.mark.parametrize(("micros", "count"), [(600, 6), (950, 4), (100, 16)])
+def test_single_steps_make_up_the_same_time_in_more_commands(micros: int, count: int) -> None:
+    assert filled(settled(micros), Outstanding(), 1) == [1] * count
+
+
+@given(micros=st.integers(1, 10**6), num_steps=st.integers(1, 8))
+def test_the_ranks_never_have_less_than_two_steps_nor_long_queues(
+    micros: int, num_steps: int
+) -> None:
+    pacing = settled(micros)
+    outstanding = Outstanding()
+    num_ahead = sum(filled(pacing, outstanding, num_steps))
+    assert num_ahead >= 2
+    assert num_ahead * pacing.decode_step_s <= 0.0041 or num_ahead <= num_steps + 1
+
+
+def test_a_long_step_with_chunks_counts_with_its_own_time() -> None:
+    pacing = settled(600, mixed_micros=30_000)
+    outstanding = Outstanding()
+    outstanding.add(SentCommand(1, 1, 1, [], [], has_chunks=True))
+    assert outstanding.num_mixed_steps == 1
+    assert filled(pacing, outstanding, 1) == [1]  # one behind the running one, and no more
+    assert pacing.steps_per_grant == 3  # which a slow mixed step does not change
+
+
+def test_a_reported_step_is_outstanding_no_more() -> None:
+    outstanding = Outstanding()
+    outstanding.add(SentCommand(1, 1, 3, [], [], has_chunks=True))
+    outstanding.add(SentCommand(2, 4, 2, [], []))
+    counts = []
+    for command_id, step in [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5)]:
+        counts.append((outstanding.num_decode_steps, outstanding.num_mixed_steps))
+        assert outstanding.is_mixed_step_next == (step == 1)
+        outstanding.resolve(command_id, step)
+    assert counts == [(4, 1), (4, 0), (3, 0), (2, 0), (1, 0)]
+    assert (outstanding.num_decode_steps, outstanding.num_mixed_steps, len(outstanding)) == (0,) * 3

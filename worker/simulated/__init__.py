@@ -1,0 +1,1 @@
+"""A worker without a model: the real worker's protocol and tables, tokens from a pure function."""

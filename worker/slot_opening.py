@@ -1,0 +1,80 @@
+"""A SlotOpen as the tables and the sampler need it, each number checked."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from protos.lockstep.v1 import worker_pb2
+from worker.errors import CommandRefused
+from worker.sampling_params import MAX_STOP_IDS, SlotParams
+
+Int32Array = npt.NDArray[np.int32]
+
+
+def slot_params(opening: worker_pb2.SlotOpen) -> SlotParams:
+    """The sampler's view of a sequence; raises CommandRefused naming what is out of range."""
+    if len(opening.stop_ids) > 4 * MAX_STOP_IDS:
+        raise CommandRefused(f"slot {opening.slot} has more than {MAX_STOP_IDS} stop ids")
+    try:
+        return SlotParams(
+            temperature=opening.temperature,
+            top_k=opening.top_k,
+            top_p=opening.top_p,
+            min_p=opening.min_p,
+            seed=opening.seed & (2**64 - 1),
+            repetition_penalty=opening.repetition_penalty,
+            presence_penalty=opening.presence_penalty,
+            frequency_penalty=opening.frequency_penalty,
+            prompt_len=opening.prompt_len,
+            min_tokens=opening.min_tokens,
+            stop_ids=tuple(unpack_int32(opening.stop_ids, 1, "stop_ids")[:, 0].tolist()),
+            num_logprobs=None if opening.logprob_count < 0 else opening.logprob_count,
+        )
+    except ValueError as error:
+        raise CommandRefused(f"slot {opening.slot}: {error}") from None
+
+
+def check_lengths(opening: worker_pb2.SlotOpen, num_blocks: int, block_size: int) -> None:
+    """prompt_len, prefill_len and cached_len fit together and the blocks; CommandRefused if not."""
+    slot, cached = opening.slot, opening.cached_len
+    if not 1 <= opening.prompt_len <= opening.prefill_len:
+        raise CommandRefused(
+            f"slot {slot}: prompt_len {opening.prompt_len} and prefill_len"
+            f" {opening.prefill_len} do not fit together"
+        )
+    if not 0 <= cached < opening.prefill_len or cached % block_size:
+        raise CommandRefused(
+            f"slot {slot}: cached_len {cached} is not a multiple of block_size {block_size} from 0"
+            f" to below prefill_len {opening.prefill_len}"
+        )
+    if cached > num_blocks * block_size:
+        raise CommandRefused(
+            f"slot {slot}: cached_len {cached} is above {num_blocks * block_size}, the positions"
+            " its blocks cover"
+        )
+
+
+def cached_token_ids(
+    opening: worker_pb2.SlotOpen, params: SlotParams, vocab_size: int
+) -> Int32Array:
+    """int32 [cached_len] for a sequence whose penalties count tokens, else [0]; CommandRefused."""
+    token_ids = unpack_int32(opening.cached_token_ids, 1, "cached_token_ids")[:, 0]
+    wanted = opening.cached_len if params.counts_tokens else 0
+    if len(token_ids) != wanted:
+        raise CommandRefused(
+            f"slot {opening.slot}: {len(token_ids)} cached_token_ids came; its cached_len"
+            f" {opening.cached_len} and penalties want {wanted}"
+        )
+    if wanted and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
+        raise CommandRefused(
+            f"slot {opening.slot}: a cached token id is not in 0..{vocab_size - 1}"
+        )
+    return token_ids
+
+
+def unpack_int32(packed: bytes, width: int, name: str) -> Int32Array:
+    """int32 [n, width] view of packed little-endian numbers; CommandRefused on a bad size."""
+    if len(packed) % (4 * width):
+        raise CommandRefused(f"{name} has {len(packed)} bytes, not a multiple of {4 * width}")
+    return np.frombuffer(packed, "<i4").reshape(-1, width)
