@@ -29,6 +29,7 @@ class Panel:
     kind: str = "timeseries"
     width: int = 12
     text: str = ""
+    minimum: int | None = 0
 
 
 def quantiles(name: str, by: str = "") -> list[tuple[str, str]]:
@@ -102,8 +103,34 @@ OVERVIEW = (
         [(rate("preemptions_total", "instance"), "{{instance}}")],
         text="Requests that lost their KV blocks and are computed again.",
     ),
+    Panel(
+        "Prompt tokens found in the prefix cache",
+        "percentunit",
+        [
+            (
+                f"{rate('prefix_cache_hits_total', 'instance')}"
+                f" / {rate('prefix_cache_queries_total', 'instance')}",
+                "{{instance}}",
+            )
+        ],
+        text="Found tokens are not computed again.",
+    ),
+    Panel(
+        "Prompt tokens in the queue",
+        "short",
+        [(f"lockstep_queue_prompt_tokens{{{_ON}}}", "{{instance}}")],
+        text="Full at --max-queue-prompt-tokens: then requests are refused as queue_full.",
+    ),
     Panel("Between tokens", "s", quantiles("inter_token_latency_seconds")),
-    Panel("To the first token", "s", quantiles("time_to_first_token_seconds")),
+    Panel(
+        "To the first token",
+        "s",
+        [
+            *quantiles("time_to_first_token_seconds"),
+            (f"lockstep_predicted_ttft_seconds{{{_ON}}}", "{{instance}} predicted now"),
+        ],
+        text="Predicted: of a short request behind all that wait.",
+    ),
 )
 
 RANKS = (
@@ -143,6 +170,19 @@ RANKS = (
         text="Equal on all ranks; a line that lags is a rank that hangs.",
     ),
     Panel(
+        "Share of time without a command",
+        "percentunit",
+        [(rate("worker_idle_seconds_total", "instance, rank"), "{{instance}} rank {{rank}}")],
+        text="High under load: the coordinator does not keep the ranks busy.",
+    ),
+    Panel(
+        "Arrival of commands after rank 0",
+        "s",
+        [(f"lockstep_command_arrival_skew_seconds{{{_ON}}}", "{{instance}} rank {{rank}}")],
+        text="Below 0: sooner than at rank 0. Only ranks on rank 0's host, whose clock they share.",
+        minimum=None,
+    ),
+    Panel(
         "Memory by kind",
         "bytes",
         [(f"lockstep_memory_bytes{{{_ON}}}", "{{instance}} rank {{rank}} {{kind}}")],
@@ -169,7 +209,8 @@ REQUESTS = (
         "Requests refused, by reason",
         "reqps",
         [(rate("requests_rejected_total", "reason"), "{{reason}}")],
-        text="queue_full is overload, not_ready an outage, the rest mistakes of clients.",
+        text="queue_full and deadline are overload, not_ready and draining an outage, the "
+        "rest mistakes of clients.",
     ),
     Panel(
         "Tokens of a request",
@@ -183,6 +224,7 @@ REQUESTS = (
         ],
     ),
     Panel("To the first token", "s", quantiles("time_to_first_token_seconds")),
+    Panel("In the queue", "s", quantiles("request_queue_time_seconds")),
     Panel("Between tokens", "s", quantiles("inter_token_latency_seconds")),
     Panel("From arrival to end", "s", quantiles("e2e_request_latency_seconds")),
 )
@@ -248,7 +290,7 @@ def _placed(panels: Sequence[Panel]) -> list[dict[str, Any]]:
             "title": panel.title,
             "datasource": _DATASOURCE,
             "gridPos": grid,
-            "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+            "fieldConfig": {"defaults": _defaults(panel), "overrides": []},
             "targets": [
                 {"refId": chr(65 + index), "expr": expr, "legendFormat": legend}
                 for index, (expr, legend) in enumerate(panel.queries)
@@ -256,6 +298,11 @@ def _placed(panels: Sequence[Panel]) -> list[dict[str, Any]]:
         }
         placed.append(body | ({"description": panel.text} if panel.text else {}))
     return placed
+
+
+def _defaults(panel: Panel) -> dict[str, Any]:
+    least = {} if panel.minimum is None else {"min": panel.minimum}
+    return {"unit": panel.unit} | least
 
 
 def text(name: str) -> str:
