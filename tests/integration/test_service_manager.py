@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lockstep.client import Client, ids_request
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.errors import CallFailed
 from tests.helpers.notify_socket import NotifySocket
+from tests.helpers.served_group import serve_environ
 from tests.helpers.tiny_models import write_tiny_model
 from tests.integration.test_daemons_alone import START_LIMIT_S, HandStarted
 
@@ -102,6 +109,30 @@ def test_a_stalled_rank_starves_every_watchdog_until_it_goes_on(tmp_path: Path) 
         for managed in daemons:
             managed.manager.wait_for("STOPPING=1", START_LIMIT_S)
             assert managed.daemon.wait() == ExitCode.CLEAN
+
+
+def test_a_simulated_worker_tells_the_manager_and_answers_probes(tmp_path: Path) -> None:
+    model, ready = tmp_path / "tiny", tmp_path / "ready.json"
+    write_tiny_model(model)
+    words = ["--model", str(model), "--port", "0", "--metrics-port", "0", "--ready-file"]
+    with NotifySocket() as manager:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "worker.simulated", *words, str(ready)],
+            env={**serve_environ(tmp_path), "NOTIFY_SOCKET": manager.name},
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        try:
+            manager.wait_for("READY=1", START_LIMIT_S)
+            with grpc.insecure_channel(json.loads(ready.read_text())["grpc"]) as channel:
+                request = health_pb2.HealthCheckRequest(service="liveness")
+                answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            worker.terminate()
+            manager.wait_for("STOPPING=1", START_LIMIT_S)
+            assert worker.wait(START_LIMIT_S) == ExitCode.CLEAN
+        finally:
+            worker.kill()
+            worker.wait()
 
 
 def test_a_watchdog_that_would_bite_before_the_step_timeout_is_refused(tmp_path: Path) -> None:
