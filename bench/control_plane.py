@@ -28,6 +28,12 @@ from bench.record import RESULTS, Case, Record, command_line, hardware, report, 
 _START_LIMIT_S = 120.0
 _CLIENT_MARGIN_S = 60.0
 _PROMPT_TOKENS = 64
+_HEADER = (
+    " rows  step ranks  idle%  steps/s    tok/s  engine frontend     gap p50/p99     lag p50/p99"
+    "    tok\n"
+    "         ms                                us/step   us/tok              ms              ms"
+    "   /msg"
+)
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,13 @@ def main(argv: list[str]) -> int:
     """Parses, measures, reports; returns the exit code."""
     options = _parser().parse_args(argv)
     cases: list[Case] = []
+    lines = [_HEADER]
     for rows, step_ms, ranks in itertools.product(options.rows, options.step_ms, options.ranks):
         setting = Setting(rows, step_ms, ranks)
         figures = _measure(setting, options)
         _say(f"{setting.name}: " + ", ".join(f"{k} {v:.4g}" for k, (_, v) in figures.items()))
         cases += _cases(setting, options, figures)
+        lines.append(_line(setting, figures))
     record = Record(
         bench="control-plane",
         command=command_line("lockstep", "bench", "control-plane", *argv),
@@ -83,8 +91,20 @@ def main(argv: list[str]) -> int:
         config=settings(options),
         cases=cases,
     )
-    report(record, options.model.name, None if options.dry_run else options.results)
+    folder = None if options.dry_run else options.results
+    report(record, options.model.name, folder, shown="\n".join(lines))
     return 0
+
+
+def _line(setting: Setting, figures: dict[str, tuple[str, float]]) -> str:
+    value = {name: number for name, (_, number) in figures.items()}
+    return (
+        f"{setting.rows:5d} {setting.step_ms:5g} {setting.ranks:5d}"
+        f" {value['worker_idle_share']:6.1f} {value['steps']:8.0f} {value['tokens']:8.0f}"
+        f" {value['engine_cpu_per_step']:8.0f} {value['frontend_cpu_per_token']:8.1f}"
+        f" {value['gap_p50']:7.1f} {value['gap_p99']:7.1f} {value['lag_p50']:7.1f}"
+        f" {value['lag_p99']:7.1f} {value['tokens_per_message']:7.2f}"
+    )
 
 
 def _measure(setting: Setting, options: argparse.Namespace) -> dict[str, tuple[str, float]]:

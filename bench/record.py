@@ -89,12 +89,13 @@ def _placeless(word: str) -> str:
     return Path(inside).name if os.path.isabs(inside) else inside
 
 
-def report(record: Record, model: str, folder: Path | None) -> None:
+def report(record: Record, model: str, folder: Path | None, shown: str = "") -> None:
     """Prints the table and, last, the JSON line; keeps the line in `folder` unless it is None.
 
-    An existing file is never overwritten (FileExistsError).
+    `shown` is printed in the table's place. An existing file is never overwritten
+    (FileExistsError).
     """
-    print(table(record.cases))
+    print(shown or table(record.cases))
     line = json.dumps(asdict(record))
     if folder is not None:
         gpu = str(record.hardware["gpu"]).replace("NVIDIA ", "").replace(" ", "-").lower()

@@ -85,6 +85,7 @@ class EngineMetrics:
     kv_cache_usage: float = 0.0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    steps: int = 0
     preemptions: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
@@ -163,6 +164,7 @@ class _EngineCollector(Collector):
         plain = (
             ("prompt_tokens", "Prompt tokens of admitted requests.", metrics.prompt_tokens),
             ("generation_tokens", "Tokens generated.", metrics.generation_tokens),
+            ("steps", "Steps reported.", metrics.steps),
             ("preemptions", "Requests that lost their place.", metrics.preemptions),
             (
                 "prefix_cache_queries",

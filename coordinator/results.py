@@ -58,6 +58,7 @@ def apply_result(
         request.last_token_time = now
         logprobs = alternatives.of(index, request) if alternatives else None
         book.take_token(request, token_id, bool(flags & _FLAG_STOP), logprobs)
+    metrics.steps += 1
     metrics.generation_tokens += len(first_delays) + len(gaps)
     metrics.time_to_first_token.observe(first_delays)
     metrics.inter_token_latency.observe(gaps)

@@ -46,6 +46,11 @@ def rate(name: str, by: str) -> str:
     return f"sum by ({by}) (rate(lockstep_{name}{{{_ON}}}[$__rate_interval]))"
 
 
+def gauge(name: str, legend: str) -> list[tuple[str, str]]:
+    """A value of every instance as it is."""
+    return [(f"lockstep_{name}{{{_ON}}}", f"{{{{instance}}}} {legend}")]
+
+
 OVERVIEW = (
     Panel(
         "Ranks in the group",
@@ -134,15 +139,11 @@ OVERVIEW = (
 )
 
 RANKS = (
-    Panel(
-        "Rank in the group",
-        "none",
-        [(f"lockstep_rank_up{{{_ON}}}", "{{instance}} rank {{rank}}")],
-    ),
+    Panel("Rank in the group", "none", gauge("rank_up", "rank {{rank}}")),
     Panel(
         "Start-up phase",
         "none",
-        [(f"lockstep_worker_phase{{{_ON}}}", "{{instance}} rank {{rank}}")],
+        gauge("worker_phase", "rank {{rank}}"),
         text="1 started, 2 loaded, 3 joined, 4 captured, 5 ready, 6 failed.",
     ),
     Panel(
@@ -166,7 +167,7 @@ RANKS = (
     Panel(
         "All-reduces since the group's start",
         "short",
-        [(f"lockstep_all_reduces{{{_ON}}}", "{{instance}} rank {{rank}}")],
+        gauge("all_reduces", "rank {{rank}}"),
         text="Equal on all ranks; a line that lags is a rank that hangs.",
     ),
     Panel(
@@ -178,20 +179,12 @@ RANKS = (
     Panel(
         "Arrival of commands after rank 0",
         "s",
-        [(f"lockstep_command_arrival_skew_seconds{{{_ON}}}", "{{instance}} rank {{rank}}")],
+        gauge("command_arrival_skew_seconds", "rank {{rank}}"),
         text="Below 0: sooner than at rank 0. Only ranks on rank 0's host, whose clock they share.",
         minimum=None,
     ),
-    Panel(
-        "Memory by kind",
-        "bytes",
-        [(f"lockstep_memory_bytes{{{_ON}}}", "{{instance}} rank {{rank}} {{kind}}")],
-    ),
-    Panel(
-        "Last start by phase",
-        "s",
-        [(f"lockstep_startup_seconds{{{_ON}}}", "{{instance}} {{phase}}")],
-    ),
+    Panel("Memory by kind", "bytes", gauge("memory_bytes", "rank {{rank}} {{kind}}")),
+    Panel("Last start by phase", "s", gauge("startup_seconds", "{{phase}}")),
 )
 
 REQUESTS = (

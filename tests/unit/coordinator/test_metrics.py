@@ -33,6 +33,7 @@ def test_every_metric_of_the_design_is_served_with_its_labels() -> None:
     metrics.kv_cache_usage = 0.5
     metrics.prompt_tokens = 11
     metrics.generation_tokens = 12
+    metrics.steps = 9
     metrics.preemptions = 1
     metrics.request_success["stop"] = 4
     metrics.requests_rejected["queue_full"] = 5
@@ -60,6 +61,7 @@ def test_every_metric_of_the_design_is_served_with_its_labels() -> None:
         f"lockstep_kv_cache_usage_perc{{{model}}}": 0.5,
         f"lockstep_prompt_tokens_total{{{model}}}": 11,
         f"lockstep_generation_tokens_total{{{model}}}": 12,
+        f"lockstep_steps_total{{{model}}}": 9,
         f"lockstep_preemptions_total{{{model}}}": 1,
         f'lockstep_request_success_total{{finished_reason="stop",{model}}}': 4,
         f'lockstep_requests_rejected_total{{{model},reason="queue_full"}}': 5,
