@@ -227,6 +227,7 @@ def long_request(num_tokens: int, max_tokens: int) -> generate_pb2.GenerateReque
     prompt = np.random.default_rng(num_tokens).integers(3, _VOCAB_SIZE, num_tokens).tolist()
     request = ids_request(prompt, temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     request.request_id = f"long-{num_tokens}"
+    request.use_prefix_cache = False  # they are here to take up room, and prefill, each for itself
     return request
 
 
