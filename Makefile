@@ -5,24 +5,24 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test test-gpu soak lint type protos protos-check bench clean
+.PHONY: help setup demo serve test test-gpu test-apt soak lint type protos protos-check bench clean
 
 SETUP ?= 1
 ifeq ($(SETUP),0)
 PYTHON ?= python3
 PY := $(PYTHON)
 # The package index may be out of reach.
-FAST := not slow and not net
+FAST := not slow and not apt and not net
 else
 # Relative, since the clone's path may hold spaces.
 PY := .venv/bin/python
-FAST := not slow
+FAST := not slow and not apt
 endif
 
 # As environment variables these survive quotes, dollars and spaces; make itself would expand a $.
 override PROMPT := $(value PROMPT)
 export PYTHON TORCH PROMPT MODEL TP ARGS
-SOURCES := protos tpcomm worker coordinator lockstep bench scripts tests
+SOURCES := protos tpcomm worker coordinator lockstep bench deploy scripts tests
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ test: setup ## Unit and integration tests; those for GPUs are skipped where ther
 
 test-gpu: setup ## Tests that need GPUs
 	@$(PY) -m pytest -m "gpu or multi_gpu" tests/gpu $${ARGS:-}
+
+test-apt: setup ## Tests of the deployment that need Debian's prometheus and systemd packages
+	@$(PY) -m pytest -m apt tests/apt $${ARGS:-}
 
 soak: setup ## Slow tests: large checkpoints, long runs, the wheel in an empty environment
 	@$(PY) -m pytest -m slow --timeout 1200 $${ARGS:-}

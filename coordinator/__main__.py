@@ -18,6 +18,7 @@ from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import FlagError
 from lockstep.daemon.logs import configure_logging
 from lockstep.daemon.model_digest import ModelDirError, model_digest
+from lockstep.daemon.notify import Notifier
 
 
 def main(argv: list[str]) -> int:
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> int:
     try:
         config = coordinator_config(argv, os.environ)
         configure_logging(config.log_format, "coordinator")
+        notifier = _notifier(config)
         digest = model_digest(config.model)
         model = read_model_config(config.model)
         table_width(config, model)
@@ -36,20 +38,21 @@ def main(argv: list[str]) -> int:
         return _stop(error.exit_code, error)
     metrics = EngineMetrics(config.served_model_name)
     try:
-        server = MetricsServer(metrics, config.host, config.metrics_port)
+        server = MetricsServer(metrics, config.metrics_host, config.metrics_port)
     except OSError as error:
         return _stop(
             ExitCode.ADDRESS,
-            f"cannot serve metrics on {config.host}:{config.metrics_port}: {error.strerror}; "
-            "stop what runs there, or choose another --host or --metrics-port (0: any)",
+            f"cannot serve metrics on {config.metrics_host}:{config.metrics_port}: "
+            f"{error.strerror}; stop what runs there, or choose another --metrics-host or "
+            "--metrics-port (0: any)",
         )
-    with server:
+    with server, notifier:
         try:
             step_log = _step_log(config, metrics)
         except OSError as error:
             return _stop(ExitCode.CONFIG, f"--step-log {config.step_log}: {error}")
         with step_log or nullcontext():
-            return _run(config, model, digest, metrics, server.port, step_log)
+            return _run(config, model, digest, metrics, server.port, notifier, step_log)
 
 
 def _step_log(config: CoordinatorConfig, metrics: EngineMetrics) -> StepLog | None:
@@ -64,14 +67,35 @@ def _run(
     digest: str,
     metrics: EngineMetrics,
     metrics_port: int,
+    notifier: Notifier,
     step_log: StepLog | None,
 ) -> int:
     async def run() -> int:
-        engine = Engine(config, model, digest, metrics, metrics_port, step_log=step_log)
+        engine = Engine(
+            config,
+            model,
+            digest,
+            metrics,
+            metrics_port,
+            notifier=notifier,
+            step_log=step_log,
+        )
         return await engine.run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())
+
+
+def _notifier(config: CoordinatorConfig) -> Notifier:
+    """The line to the service manager; raises FlagError."""
+    notifier = Notifier(os.environ)
+    if 0 < notifier.watchdog_s <= config.step_timeout:
+        raise FlagError(
+            f"the watchdog's interval (WATCHDOG_USEC) is {notifier.watchdog_s:g} s; it must be "
+            f"above --step-timeout {config.step_timeout:g}, after which a silent rank is recovered "
+            "from without a restart of the coordinator"
+        )
+    return notifier
 
 
 def _stop(code: ExitCode, reason: object) -> int:

@@ -68,6 +68,7 @@ FLAGS = (
     Flag("drain-seconds", float_between(0.0, 86400.0), 30.0, "seconds requests get on SIGTERM"),
     Flag("host", str, "127.0.0.1", "address to serve on"),
     Flag("port", tcp_port, 50051, "gRPC port; 0: any"),
+    Flag("metrics-host", str, "127.0.0.1", "address to serve metrics on"),
     Flag("metrics-port", tcp_port, 9851, "Prometheus port; 0: any"),
     Flag("max-queue-requests", positive_int, 1024, "most requests that wait"),
     Flag("max-queue-prompt-tokens", positive_int, 1 << 20, "most prompt tokens that wait"),
@@ -103,6 +104,7 @@ class CoordinatorConfig:
     drain_seconds: float = 30.0
     host: str = "127.0.0.1"
     port: int = 50051
+    metrics_host: str = "127.0.0.1"
     metrics_port: int = 9851
     max_queue_requests: int = 1024
     max_queue_prompt_tokens: int = 1 << 20

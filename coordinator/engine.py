@@ -18,6 +18,7 @@ from coordinator.request_book import RequestBook
 from coordinator.step_log import StepLog
 from coordinator.tasks import run_until_first_ends
 from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.notify import Notifier
 from lockstep.daemon.ready_file import write_ready_file
 from protos.lockstep.v1 import engine_pb2
 
@@ -42,12 +43,14 @@ class Engine:
         metrics: EngineMetrics,
         metrics_port: int,
         start_frontend: StartFrontend = start_frontend,
+        notifier: Notifier | None = None,
         step_log: StepLog | None = None,
     ) -> None:
         self._config = config
         self._start_process = start_frontend
         self._metrics = metrics
         self._metrics_port = metrics_port
+        self._notifier = notifier or Notifier({})
         self._outbox = Outbox()
         self._book = RequestBook(
             self._outbox, metrics, config.max_queue_requests, config.max_queue_prompt_tokens
@@ -75,6 +78,7 @@ class Engine:
                 self._announce(),
                 self._tell_state_regularly(),
                 self._obey_signals(),
+                self._notifier.run(lambda: self._status.summary, self._status.stalled_s),
             )
             _LOG.info("drained")
             return ExitCode.CLEAN
@@ -126,7 +130,7 @@ class Engine:
         return frontend
 
     async def _announce(self) -> None:
-        """Writes the ready file once requests can be answered at the public port."""
+        """Says so, and writes the ready file, once requests can be answered at the public port."""
         await self._all_listen.wait()
         await self._leader.is_up.wait()
         address = f"{self._config.host}:{self._ports[0]}"
@@ -137,8 +141,9 @@ class Engine:
                 role="coordinator",
                 rank=None,
                 grpc=address,
-                metrics=f"{self._config.host}:{self._metrics_port}",
+                metrics=f"{self._config.metrics_host}:{self._metrics_port}",
             )
+        self._notifier.ready()
         await asyncio.Event().wait()
 
     async def _tell_state_regularly(self) -> None:
@@ -153,6 +158,7 @@ class Engine:
         budget_s = self._config.drain_seconds
         _LOG.info("%s: draining for at most %g s", number.name, budget_s)
         self._is_draining = True
+        self._notifier.stopping()
         for frontend in self._frontends:
             frontend.drain(budget_s)
         with suppress(TimeoutError):

@@ -1,6 +1,7 @@
 """How the group stands, for health, the info calls, the metrics and the log."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from coordinator.batch import Batch
@@ -34,6 +35,21 @@ class GroupStatus:
     @property
     def is_ready(self) -> bool:
         return self._group is not None
+
+    @property
+    def summary(self) -> str:
+        """One line for people: the load, or why the group cannot answer."""
+        if self._batch is None:
+            return self._cause
+        num_waiting = len(self._batch.queue)
+        return (
+            f"serving {self._config.served_model_name} on {self._config.world_size} rank(s), "
+            f"{self._batch.num_running} running, {num_waiting} waiting"
+        )
+
+    def stalled_s(self) -> float:
+        """Seconds for which a rank has owed a report; 0 if none does or the group is starting."""
+        return self._watch.longest_wait_s(time.monotonic()) if self._watch else 0.0
 
     def epoch_began(self, epoch: int) -> None:
         """A start of the group begins."""

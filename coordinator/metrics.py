@@ -29,6 +29,12 @@ _LATENCY_BUCKETS_S = (
     *(0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06),
     *(0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0),
 )
+# Shown from the start, as 0: rate() cannot see the step from no series to its first count.
+_KNOWN_LABELS = {
+    "request_success": ("stop", "length", "abort", "cancelled", "deadline"),
+    "requests_failed": ("internal", "unavailable"),
+    "requests_rejected": ("invalid_argument", "not_ready", "queue_full", "deadline"),
+}
 _E2E_BUCKETS_S = (*_LATENCY_BUCKETS_S, 160.0, 320.0, 640.0, 1280.0, 2560.0)
 
 
@@ -186,7 +192,8 @@ class _EngineCollector(Collector):
         for name, text, label, counts in by_label:
             labels = ["model_name", label]
             family = CounterMetricFamily(f"lockstep_{name}", text, labels=labels)
-            for key, count in counts.copy().items():
+            known: dict[str | int, float] = dict.fromkeys(_KNOWN_LABELS.get(name, ()), 0)
+            for key, count in (known | counts.copy()).items():
                 family.add_metric([metrics.model_name, str(key)], count)
             yield family
 

@@ -64,6 +64,11 @@ class ProgressWatch:
         """Last step that a rank reported."""
         return self._ranks[rank].last_step
 
+    def longest_wait_s(self, now: float) -> float:
+        """For how long the rank that is furthest behind has owed a report; 0 if none does."""
+        since = [rank.waiting_since() for rank in self._ranks]
+        return max((now - at for at in since if at is not None), default=0.0)
+
     def check(self, now: float) -> None:
         """Raises RankLost for the rank that has been silent longest, if any is over the limit."""
         waits = [

@@ -12,6 +12,8 @@ from lockstep.daemon.version import __version__
 _COMMANDS = {
     "serve": ("lockstep.serve", "serve a model: coordinator and workers on this host"),
     "simulate": ("lockstep.simulate", "serve a model without computing it: for load tests"),
+    "workers": ("lockstep.workers", "run the workers of this host for a coordinator elsewhere"),
+    "health": ("lockstep.health", "ask a server whether it lives or is ready"),
     "generate": ("lockstep.generate", "send one prompt to a server"),
     "chat": ("lockstep.chat", "talk to a server"),
     "demo": ("lockstep.demo", "a small real model on two ranks answers a question"),

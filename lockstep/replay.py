@@ -66,6 +66,7 @@ def replay_group(argv: Sequence[str]) -> GroupSpec:
         devices=devices,
         num_threads=options.num_threads or max(1, available_cores() // num_ranks),
         port=0,
+        metrics_host="127.0.0.1",
         metrics_port=0,
         drain_seconds=0.0,
         nccl_path=None,

@@ -65,6 +65,7 @@ OWN_FLAGS = (
     Flag("devices", str, None, "cpu, or GPU numbers like 0,1; default: GPUs if there are any"),
     Flag("num-threads", positive_int, None, "CPU threads of a rank; default: its share of cores"),
     Flag("port", tcp_port, 50051, "gRPC port; 0: any"),
+    Flag("metrics-host", str, "127.0.0.1", "address to serve metrics on"),
     Flag("metrics-port", tcp_port, 9851, "Prometheus port, + 9 + r that of rank r; 0: any"),
     Flag("drain-seconds", float_between(0.0, 86400.0), 30.0, "seconds requests get on SIGTERM"),
     Flag("nccl-path", str, None, "libnccl.so.2 to load instead of the one found"),
@@ -83,6 +84,7 @@ class ServeConfig:
     devices: tuple[str, ...]
     num_threads: int
     port: int
+    metrics_host: str
     metrics_port: int
     drain_seconds: float
     nccl_path: str | None
@@ -181,6 +183,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
             *python_module("worker"),
             *("--model", str(model_dir), "--device", config.devices[rank]),
             *("--port", str(port), "--metrics-port", str(metrics_port)),
+            *("--metrics-host", config.metrics_host),
             *("--num-threads", str(config.num_threads)),
             *("--ready-file", ready_file, "--log-format", config.log_format),
         ]
@@ -193,6 +196,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
             *python_module("coordinator"),
             *("--model", str(model_dir), "--workers", ",".join(workers)),
             *("--port", str(port), "--metrics-port", str(metrics_port)),
+            *("--metrics-host", config.metrics_host),
             *("--drain-seconds", str(config.drain_seconds)),
             *("--ready-file", ready_file, "--log-format", config.log_format),
             *config.passed_on,
@@ -238,8 +242,13 @@ def _ranks(config: ServeConfig) -> str:
     return "1 rank" if config.num_ranks == 1 else f"{config.num_ranks} ranks"
 
 
+def report(command: str, line: str) -> None:
+    """A line for people, from `lockstep COMMAND`."""
+    print(f"lockstep {command}: {line}", file=sys.stderr, flush=True)
+
+
 def _report(line: str) -> None:
-    print(f"lockstep serve: {line}", file=sys.stderr, flush=True)
+    report("serve", line)
 
 
 def _refuse(error: Exception, code: ExitCode) -> int:

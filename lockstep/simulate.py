@@ -6,7 +6,6 @@ a pure function, so that the control plane can be measured, tested and sized wit
 
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from lockstep.serve import (
     ServeConfig,
     group_spec,
     python_module,
+    report,
     run_group,
     serve_config,
 )
@@ -78,6 +78,7 @@ def simulated_group(
         return [
             *python_module("worker.simulated"),
             *("--model", config.model, "--port", str(port), "--metrics-port", str(metrics_port)),
+            *("--metrics-host", config.metrics_host),
             *("--ready-file", ready_file, "--log-format", config.log_format),
             *worker_flags,
         ]
@@ -92,4 +93,4 @@ def _words(flags: Sequence[Flag], values: Mapping[str, str | None]) -> tuple[str
 
 
 def _report(line: str) -> None:
-    print(f"lockstep simulate: {line}", file=sys.stderr, flush=True)
+    report("simulate", line)

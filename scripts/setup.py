@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 STAMP_NAME = "lockstep-setup.sha256"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-_SIZE_CPU = "about 690 MB"
+_SIZE_CPU = "about 725 MB"
 _SIZE_CUDA = "about 2.8 GB"
 
 

@@ -9,6 +9,7 @@ from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import FlagError
 from lockstep.daemon.logs import configure_logging
 from lockstep.daemon.model_digest import ModelDirError, model_digest
+from lockstep.daemon.notify import Notifier
 from tpcomm.nccl_loader import nccl_environment
 from worker.config import worker_config
 from worker.daemon import run_daemon, stop
@@ -22,6 +23,7 @@ def main(argv: list[str]) -> int:
     """Runs a worker until it is told to go; returns its exit code."""
     try:
         config = worker_config(argv, os.environ)
+        notifier = Notifier(os.environ)
     except FlagError as error:
         return stop(ExitCode.CONFIG, error)
     configure_logging(config.log_format, f"worker[{os.getpid()}]")
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> int:
         return stop(ExitCode.DEVICE, error)
     except (ModelDirError, WorkerError) as error:
         return stop(ExitCode.CHECKPOINT, error)
-    return run_daemon(config, rank, digest)
+    return run_daemon(config, rank, digest, notifier)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ FLAGS = (
     Flag("device", str, "cpu", "cpu or cuda:INDEX"),
     Flag("host", str, "127.0.0.1", "address to serve on"),
     Flag("port", tcp_port, 50100, "gRPC port; 0: any"),
+    Flag("metrics-host", str, "127.0.0.1", "address to serve metrics on"),
     Flag("metrics-port", tcp_port, 9860, "Prometheus port; 0: any"),
     Flag("num-threads", int_at_least(0), 0, "CPU threads for the model; 0: all cores we may use"),
     Flag("nccl-path", str, "", "libnccl.so.2 to load instead of the one found"),
@@ -45,6 +46,7 @@ class WorkerConfig:
     nccl_path: str
     ready_file: str
     log_format: str
+    metrics_host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
         if not self.model:

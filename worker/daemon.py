@@ -1,4 +1,4 @@
-"""A worker process around a rank: metrics, gRPC server, signals, ready file."""
+"""A worker process around a rank: metrics, gRPC server, signals, ready file, service manager."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Protocol
 
 import grpc
 import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lockstep.daemon.addresses import bind_problem
 from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.notify import Notifier
 from lockstep.daemon.ready_file import write_ready_file
 from protos.lockstep.v1 import worker_pb2_grpc
 from worker.metrics import WorkerMetrics
@@ -36,21 +38,27 @@ class DaemonConfig(Protocol):
     @property
     def port(self) -> int: ...
     @property
+    def metrics_host(self) -> str: ...
+    @property
     def metrics_port(self) -> int: ...
     @property
     def ready_file(self) -> str: ...
 
 
-def run_daemon(config: DaemonConfig, rank: Rank, digest: str) -> int:
-    """Serves `rank`, whose checkpoint has `digest`, until told to go; returns the exit code."""
+def run_daemon(config: DaemonConfig, rank: Rank, digest: str, notifier: Notifier) -> int:
+    """Serves `rank`, whose checkpoint has `digest`, until told to go; returns the exit code.
+
+    Closes `notifier`.
+    """
     try:
-        metrics = WorkerMetrics(config.model.name, config.host, config.metrics_port)
+        metrics = WorkerMetrics(config.model.name, config.metrics_host, config.metrics_port)
     except OSError as error:
-        problem = f"--metrics-port {config.metrics_port}: {error.strerror}; {_OTHER_PORT}"
+        address = f"{config.metrics_host}:{config.metrics_port}"
+        problem = f"cannot serve metrics on {address}: {error.strerror}; {_OTHER_PORT}"
         return stop(ExitCode.ADDRESS, problem)
-    with metrics:
+    with metrics, notifier:
         uvloop.install()
-        return asyncio.run(_serve(config, rank, digest, metrics))
+        return asyncio.run(_serve(config, rank, digest, metrics, notifier))
 
 
 def stop(code: ExitCode, reason: object) -> int:
@@ -59,26 +67,22 @@ def stop(code: ExitCode, reason: object) -> int:
     return code
 
 
-async def _serve(config: DaemonConfig, rank: Rank, digest: str, metrics: WorkerMetrics) -> int:
+async def _serve(
+    config: DaemonConfig, rank: Rank, digest: str, metrics: WorkerMetrics, notifier: Notifier
+) -> int:
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
 
     def shut_down(reason: str) -> None:
         _LOG.info("stopping: %s", reason)
+        notifier.stopping()
         # The reply to Shutdown leaves before the server does.
         loop.call_later(0.05, stopped.set)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, shut_down, signal.Signals(number).name)
     service = WorkerService(rank, digest, metrics, shut_down)
-    server = grpc.aio.server(
-        options=[
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-        ]
-    )
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
+    server = await _server(service)
     address = f"{config.host}:{config.port}"
     if problem := bind_problem(config.host, config.port):
         return stop(ExitCode.ADDRESS, f"cannot serve on {address}: {problem}; {_OTHER_PORT}")
@@ -96,11 +100,34 @@ async def _serve(config: DaemonConfig, rank: Rank, digest: str, metrics: WorkerM
             role="worker",
             rank=None,
             grpc=f"{config.host}:{port}",
-            metrics=f"{config.host}:{metrics.port}",
+            metrics=f"{config.metrics_host}:{metrics.port}",
         )
+    notifier.ready()
+    telling = asyncio.create_task(notifier.run(service.summary, service.stalled_s))
     await stopped.wait()
+    telling.cancel()
     if config.ready_file:
         Path(config.ready_file).unlink(missing_ok=True)
     service.close()
     await server.stop(grace=0.2)
     return ExitCode.CLEAN
+
+
+async def _server(service: WorkerService) -> grpc.aio.Server:
+    """WorkerService, and grpc.health.v1 for probes: there SERVING says that the event loop runs.
+
+    Whether requests can be answered is the coordinator's to tell.
+    """
+    server = grpc.aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        ]
+    )
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
+    health_service = health.aio.HealthServicer()
+    for name in ("", "liveness"):
+        await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+    return server

@@ -47,6 +47,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._epoch = 0
         self._stream: ExecuteStream | None = None
         self._last_error = ""
+        self._is_in_phase = False
 
     async def Hello(
         self, request: worker_pb2.HelloRequest, context: Context
@@ -167,6 +168,21 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._on_shutdown(request.reason)
         return worker_pb2.ShutdownResponse()
 
+    def stalled_s(self) -> float:
+        """Seconds for which a step, or a phase whose caller has given up, has been running.
+
+        A phase that is waited for has its caller's deadline and does not count.
+        """
+        if self._is_in_phase:
+            return 0.0
+        return max(self._device_thread.busy_s(), self._results_thread.busy_s())
+
+    def summary(self) -> str:
+        """One line for people: rank, start-up phase, the first error of the epoch."""
+        phase = worker_pb2.WorkerPhase.Name(self._rank.phase).removeprefix("WORKER_PHASE_").lower()
+        text = f"rank {self._rank.rank} of {self._rank.world_size}: {phase}"
+        return f"{text}: {self._last_error}" if self._last_error else text
+
     def close(self) -> None:
         """Lets go of the device: hung collectives end, threads are not waited for."""
         self._rank.abort()
@@ -179,7 +195,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         """Runs a phase on the device thread and turns its error into a status."""
         await self._check_epoch(epoch, context)
         ran = asyncio.wrap_future(self._device_thread.submit(call, *args))
-        await asyncio.wait([ran])
+        self._is_in_phase = True
+        try:
+            await asyncio.wait([ran])
+        finally:
+            self._is_in_phase = False
         error = ran.exception()
         if error is not None:
             _LOG.error("%s failed", call.__name__, exc_info=None if _is_foreseen(error) else error)

@@ -26,6 +26,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _LIMIT_S = 60.0
 _TINY_FLAGS = (*CPU_FLAGS, "--kv-cache-bytes", "256K", "--max-model-len", "512")
+_METRICS_HOST = "127.0.0.3"
 _COORDINATOR_FLAGS = ("--port", "0", "--metrics-port", "0", "--kv-cache-bytes", "256K")
 _ALWAYS_THERE = (
     "lockstep_num_requests_running",
@@ -42,12 +43,13 @@ _ALWAYS_THERE = (
 @pytest.fixture(scope="module")
 def group(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedGroup]:
     """In odd surroundings: no HOME, proxies that lead nowhere, a path with a space (tiny_dir),
-    an address that is not the default one.
+    addresses that are not the default ones.
     """
     folder = tmp_path_factory.mktemp("a folder with spaces")
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), "http://127.0.0.1:9")
     environ = serve_environ(folder, HOME=None, no_proxy=None, NO_PROXY=None, **proxies)
-    flags = ("--tp", "2", "--served-model-name", "tiny", "--host", "127.0.0.2", *_TINY_FLAGS)
+    hosts = ("--host", "127.0.0.2", "--metrics-host", _METRICS_HOST)
+    flags = ("--tp", "2", "--served-model-name", "tiny", *hosts, *_TINY_FLAGS)
     with ServedGroup(tiny_dir, folder, *flags, environ=environ) as group:
         yield group
 
@@ -72,7 +74,7 @@ def workers_metrics(group: ServedGroup) -> list[str]:
         connections = psutil.Process(rank.pid).net_connections("tcp")
         ports = {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
         (port,) = ports - {int(rank.address.rpartition(":")[2])}
-        found.append(f"127.0.0.1:{port}")
+        found.append(f"{_METRICS_HOST}:{port}")
     return found
 
 

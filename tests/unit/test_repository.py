@@ -25,7 +25,7 @@ MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70  # docstring not counted; kernels, which cannot be cut, excepted
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc", "manager"}
 TARGETS = (
-    *("help", "setup", "demo", "serve", "test", "test-gpu", "soak"),
+    *("help", "setup", "demo", "serve", "test", "test-gpu", "test-apt", "soak"),
     *("lint", "type", "protos", "protos-check", "bench", "clean"),
 )
 

@@ -18,7 +18,7 @@ from lockstep.daemon.flags import (
 from worker.config import COORDINATOR_FLAGS
 from worker.config import FLAGS as WORKER_FLAGS
 
-_SHARED = ("model", "host", "port", "metrics-port", "ready-file", "log-format")
+_SHARED = ("model", "host", "port", "metrics-host", "metrics-port", "ready-file", "log-format")
 SIMULATION_FLAGS = (
     Flag(
         "step-ms",
@@ -50,6 +50,7 @@ class SimulatedConfig:
     model: Path
     host: str
     port: int
+    metrics_host: str
     metrics_port: int
     ready_file: str
     log_format: str

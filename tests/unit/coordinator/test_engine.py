@@ -18,9 +18,11 @@ from coordinator.engine import Engine
 from coordinator.frontend_link import FrontendProcess, frontend_command, open_link
 from coordinator.metrics import EngineMetrics
 from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.notify import Notifier
 from protos.lockstep.v1 import engine_pb2
 from tests.helpers.engine_harness import LIMIT_S, MODEL, Heard, make_config, make_submit
 from tests.helpers.fake_worker import FakeSettings, FakeWorker, expected_output
+from tests.helpers.notify_socket import NotifySocket
 
 
 class FakeFrontend:
@@ -72,6 +74,7 @@ class Running:
         self.workers: list[FakeWorker] = []
         self.metrics = EngineMetrics("fake")
         self.task: asyncio.Task[int]
+        self.engine: Engine
         self._started = asyncio.Event()
 
     async def start_frontend(
@@ -111,7 +114,7 @@ class Running:
 
 
 @asynccontextmanager
-async def running_engine(**config: Any) -> AsyncIterator[Running]:
+async def running_engine(notifier: Notifier | None = None, **config: Any) -> AsyncIterator[Running]:
     running = Running()
     running.workers = [FakeWorker(FakeSettings(num_blocks=256)) for _ in range(2)]
     addresses = [await worker.serve() for worker in running.workers]
@@ -122,7 +125,9 @@ async def running_engine(**config: Any) -> AsyncIterator[Running]:
         running.metrics,
         9999,
         running.start_frontend,
+        notifier,
     )
+    running.engine = engine
     running.task = asyncio.create_task(engine.run())
     try:
         yield running
@@ -257,6 +262,67 @@ def test_a_signal_drains_frontends_finishes_streams_and_ends_the_workers() -> No
             assert not first.was_killed
 
     asyncio.run(run())
+
+
+async def until_heard(manager: NotifySocket, beginning: str) -> None:
+    """Waits until the service manager hears such a message that it has not heard yet."""
+    async with asyncio.timeout(LIMIT_S):
+        while not any(message.startswith(beginning) for message in manager.read()):
+            await asyncio.sleep(0.002)
+
+
+def test_the_watchdog_is_fed_only_while_steps_progress_and_again_after_a_stall() -> None:
+    async def run() -> None:
+        environ = {"NOTIFY_SOCKET": manager.name, "WATCHDOG_USEC": "200000"}  # a stall: 50 ms
+        with Notifier(environ) as notifier:
+            async with running_engine(notifier, step_timeout=60.0) as running:
+                first = await running.frontend()
+                await until_heard(manager, "STATUS=starting")
+                assert "READY=1" not in manager.messages
+                first.send(listening=engine_pb2.Listening(port=4711))
+                await until_heard(manager, "READY=1")
+                await until_heard(manager, "WATCHDOG=1")
+
+                running.workers[1].settings.is_stalled = True
+                first.send(submit=make_submit(1, [1], 20))
+                async with asyncio.timeout(LIMIT_S):
+                    while running.engine._status.stalled_s() < 0.1:
+                        await asyncio.sleep(0.01)
+                manager.read()
+                async with asyncio.timeout(LIMIT_S):
+                    while running.engine._status.stalled_s() < 0.5:
+                        assert "WATCHDOG=1" not in manager.read()
+                        await asyncio.sleep(0.01)
+
+                running.workers[1].release_stall()
+                await until_heard(manager, "WATCHDOG=1")
+                os.kill(os.getpid(), signal.SIGTERM)
+                await until_heard(manager, "STOPPING=1")
+                assert any(m.startswith("STATUS=serving fake on 2 rank") for m in manager.messages)
+                first.end(0)
+                assert await running.result() == ExitCode.CLEAN
+
+    with NotifySocket() as manager:
+        asyncio.run(run())
+
+
+def test_the_service_manager_is_told_why_the_group_cannot_answer() -> None:
+    async def run() -> None:
+        environ = {"NOTIFY_SOCKET": manager.name, "WATCHDOG_USEC": "200000"}
+        with Notifier(environ) as notifier:
+            async with running_engine(notifier) as running:
+                first = await running.ready()
+                first.send(submit=make_submit(1, [1], 2))
+                await running.workers[1].stop()
+                async with asyncio.timeout(LIMIT_S):
+                    while not any("rank 1 lost" in message for message in manager.messages):
+                        manager.read()
+                        await asyncio.sleep(0.002)
+                # A group that starts again owes nothing: its start has limits of its own.
+                await until_heard(manager, "WATCHDOG=1")
+
+    with NotifySocket() as manager:
+        asyncio.run(run())
 
 
 def test_a_second_signal_stops_at_once() -> None:

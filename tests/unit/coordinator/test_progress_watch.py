@@ -58,3 +58,16 @@ def test_a_heartbeat_is_owed_until_its_own_report() -> None:
         watch.check(now=6.1)
     watch.reported(0, 2, 1, 0, now=6.2)
     assert watch.is_settled
+
+
+def test_the_longest_wait_is_that_of_the_rank_furthest_behind_and_none_if_nothing_is_owed() -> None:
+    watch = ProgressWatch(2, 1.0)
+    assert watch.longest_wait_s(now=5.0) == 0
+    watch.sent(1, 1, now=5.0)
+    watch.sent(2, 2, now=5.0)
+    watch.reported(0, 1, 1, 0, now=6.0)
+    assert watch.longest_wait_s(now=8.0) == 3.0
+    watch.reported(1, 2, 2, 0, now=8.0)
+    assert watch.longest_wait_s(now=8.5) == 2.5
+    watch.reported(0, 2, 2, 0, now=8.5)
+    assert watch.longest_wait_s(now=99.0) == 0

@@ -20,7 +20,8 @@ def _flag(command: object, name: str) -> str:
 
 def test_flags_reach_the_daemons_that_own_them(tmp_path: Path) -> None:
     words = ["--model", str(tmp_path), "--tp", "3", "--dtype", "float32", "--step-timeout", "7"]
-    config = serve_config([*words, *_CPU, "--num-threads", "2", "--log-format", "json"], {})
+    words += ["--num-threads", "2", "--log-format", "json", "--metrics-host", "10.0.0.1"]
+    config = serve_config([*words, *_CPU], {})
     group = group_spec(config, tmp_path, {})
     worker = group.worker_command(1, 50101, 9861, "/r")
     assert _flag(worker, "--device") == "cpu"
@@ -36,6 +37,7 @@ def test_flags_reach_the_daemons_that_own_them(tmp_path: Path) -> None:
         assert _flag(command, "--model") == str(tmp_path)
         assert _flag(command, "--ready-file") == "/r"
         assert _flag(command, "--log-format") == "json"
+        assert _flag(command, "--metrics-host") == "10.0.0.1"
 
 
 def test_threads_are_the_ranks_share_of_the_cores(

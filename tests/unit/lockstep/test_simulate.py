@@ -14,12 +14,14 @@ from lockstep.simulate import simulate_config, simulated_group
 
 def test_flags_go_to_the_workers_or_the_coordinator(tmp_path: Path) -> None:
     argv = ["--model", str(tmp_path), "--tp", "3", "--step-ms", "5", "--max-num-seqs", "64"]
+    argv += ["--metrics-host", "10.0.0.1"]
     config, worker_flags = simulate_config(argv, {"LOCKSTEP_SEED": "7"})
     assert config.num_ranks == 3
     group = simulated_group(config, worker_flags, {})
     worker = list(group.worker_command(1, 0, 0, "ready"))
     pairs = set(itertools.pairwise(worker))
-    assert {("-m", "worker.simulated"), ("--step-ms", "5"), ("--seed", "7")} <= pairs
+    expected = {("-m", "worker.simulated"), ("--step-ms", "5"), ("--seed", "7")}
+    assert expected | {("--metrics-host", "10.0.0.1")} <= pairs
     assert not {"--max-num-seqs", "--device"} & set(worker)
     coordinator = list(group.coordinator_command(["a:1"], 0, 0, "ready"))
     assert ("--max-num-seqs", "64") in set(itertools.pairwise(coordinator))
