@@ -133,7 +133,7 @@ def healthy(client: Client) -> Iterator[None]:
     is_over = threading.Event()
 
     def repeat() -> None:
-        while not is_over.is_set():
+        while not is_over.is_set() or len(beside) < 2:
             beside.append([])  # stays empty, and is found below, if the call fails
             beside[-1] = output()
 
