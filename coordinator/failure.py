@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
 from coordinator.errors import RankLost, StartRefused
 from coordinator.worker_group import WorkerClient
 from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.process_identity import boot_id, start_ticks
 from protos.lockstep.v1 import worker_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -163,18 +163,3 @@ def kill_if_local(rank: int, hello: worker_pb2.HelloResponse) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def boot_id() -> str:
-    """Identifies the running kernel (random(4))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
-def start_ticks(pid: int) -> int:
-    """Start time of a process, field 22 of /proc/PID/stat (proc(5)); -1 if there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return -1
-    # The process name, field 2, may hold spaces and brackets.
-    return int(stat.rpartition(")")[2].split()[19])

@@ -8,11 +8,11 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
+from lockstep.daemon.process_identity import boot_id, start_ticks
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import worker_pb2, worker_pb2_grpc
 from worker.device_thread import DeviceThread
@@ -243,8 +243,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             last_epoch=last_epoch,
             phase=self._rank.phase,
             pid=os.getpid(),
-            pid_start_ticks=_start_ticks(),
-            boot_id=Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+            pid_start_ticks=start_ticks(os.getpid()),
+            boot_id=boot_id(),
             host=socket.gethostname(),
             device=device_name,
             device_uuid=device_uuid,
@@ -270,9 +270,3 @@ def _status(error: BaseException) -> grpc.StatusCode:
     if isinstance(error, PhaseError):
         return grpc.StatusCode.FAILED_PRECONDITION
     return grpc.StatusCode.INTERNAL
-
-
-def _start_ticks() -> int:
-    """Field 22 of /proc/self/stat (proc(5)); the name in field 2 may hold spaces."""
-    fields = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return int(fields[19])

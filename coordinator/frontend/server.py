@@ -1,6 +1,5 @@
 """The public gRPC server: its options, services and port."""
 
-import socket
 from typing import Any
 
 import grpc
@@ -9,6 +8,7 @@ from grpc_reflection.v1alpha import reflection
 
 from coordinator.errors import CoordinatorError
 from coordinator.frontend.health import HealthService
+from lockstep.daemon.addresses import bind_problem
 
 # A 10 MB text must reach our own check, whose answer names field and limit.
 MAX_RECEIVE_BYTES = 64 * 2**20
@@ -67,21 +67,12 @@ def bind(server: Any, host: str, port: int, num_frontends: int = 1) -> int:
     """Binds and returns the port (the kernel's choice for 0). Raises AddressUnavailable."""
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        _try_address(host, port, num_frontends > 1)
-        return int(server.add_insecure_port(address))
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise AddressUnavailable(
-            f"cannot listen on {address}: {reason}; "
-            "stop what runs there, or choose another --host or --port"
-        ) from None
-
-
-def _try_address(host: str, port: int, reuse_port: bool) -> None:
-    """Binds and lets go again: the kernel says why it refuses, which gRPC does not pass on."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        probe.bind(address)
+        problem = bind_problem(host, port, reuse_port=num_frontends > 1)
+        if not problem:
+            return int(server.add_insecure_port(address))
+    except RuntimeError as error:
+        problem = str(error)
+    raise AddressUnavailable(
+        f"cannot listen on {address}: {problem}; "
+        "stop what runs there, or choose another --host or --port"
+    )

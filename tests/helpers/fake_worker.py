@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from coordinator.failure import boot_id, start_ticks
+from lockstep.daemon.process_identity import boot_id, start_ticks
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import worker_pb2, worker_pb2_grpc
 from tests.helpers.fake_tables import FakeTables, Refusal, require

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from coordinator.errors import RankLost, StartRefused
-from coordinator.failure import FailureBudget, boot_id, find_root, kill_if_local, start_ticks
+from coordinator.failure import FailureBudget, find_root, kill_if_local
 from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.process_identity import boot_id, start_ticks
 from protos.lockstep.v1 import worker_pb2
 
 LOST = RankLost(0, 9, "silent")
