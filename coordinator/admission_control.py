@@ -1,5 +1,7 @@
 """May a request wait here? Bounds of the queue, and deadlines that could not be met."""
 
+from dataclasses import dataclass
+
 import grpc
 
 from coordinator.admission import Refused
@@ -13,21 +15,31 @@ _MIN_RETRY_AFTER_S = 0.05
 _MAX_RETRY_AFTER_S = 60.0
 
 
+@dataclass(frozen=True)
+class QueueLimits:
+    """What may wait: requests, their prompt tokens, and seconds foreseen in the queue (0: any)."""
+
+    max_requests: int
+    max_prompt_tokens: int = 1 << 20
+    max_time_s: float = 0.0
+
+
 class AdmissionControl:
     """Refuses with RESOURCE_EXHAUSTED and the time after which to try again, as predicted.
 
     Of one epoch. Times are of CLOCK_MONOTONIC, in seconds.
     """
 
-    def __init__(self, batch: Batch, max_requests: int, max_prompt_tokens: int) -> None:
+    def __init__(self, batch: Batch, limits: QueueLimits) -> None:
         self.predictor = Predictor(batch.limits.max_batch_tokens)
         self._batch = batch
-        self._max_requests = max_requests
-        self._max_prompt_tokens = max_prompt_tokens
+        self._limits = limits
 
     def check(self, request: Request, now: float) -> None:
         """Raises Refused if the request may not enter the queue."""
         self._check_bounds(request)
+        if self._limits.max_time_s:
+            self._check_queue_time(request)
         if request.deadline:
             self._check_deadline(request, now)
 
@@ -39,24 +51,41 @@ class AdmissionControl:
 
     def _check_bounds(self, request: Request) -> None:
         queue = self._batch.queue
-        if self._batch.num_waiting >= self._max_requests:
+        max_requests, max_prompt_tokens = self._limits.max_requests, self._limits.max_prompt_tokens
+        if self._batch.num_waiting >= max_requests:
             raise self._queue_full(
-                f"the queue is full: {self._max_requests} requests wait", num_requests=1
+                f"the queue is full: {max_requests} requests wait", num_requests=1
             )
         # One prompt may always wait, or one that is longer than the bound could never be served.
         num_tokens = queue.num_prompt_tokens + request.prompt_len
-        if len(queue) and num_tokens > self._max_prompt_tokens:
+        if len(queue) and num_tokens > max_prompt_tokens:
             raise self._queue_full(
                 f"the queue is full: {queue.num_prompt_tokens} prompt tokens wait, with the "
                 f"{request.prompt_len} of this request there would be more than "
-                f"{self._max_prompt_tokens}",
-                num_tokens=num_tokens - self._max_prompt_tokens,
+                f"{max_prompt_tokens}",
+                num_tokens=num_tokens - max_prompt_tokens,
             )
 
     def _queue_full(self, message: str, num_requests: int = 0, num_tokens: int = 0) -> Refused:
         seconds = self.predictor.time_to_drain(num_requests, num_tokens, self._load(Ahead(0, 0)))
         retry_after_s = _bounded(seconds) if seconds else _UNKNOWN_RETRY_AFTER_S
         return Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue_full", message, retry_after_s)
+
+    def _check_queue_time(self, request: Request) -> None:
+        """What waits and runs may delay a prompt so much; how long it takes itself is its own."""
+        ahead = self._batch.queue.ahead_of(request.tenant, request.order)
+        load, predictor = self._load(ahead), self.predictor
+        alone = Load(num_running=load.num_running)
+        predicted_s = predictor.time_to_first_token(request.num_to_prefill, load)
+        predicted_s -= predictor.time_to_first_token(request.num_to_prefill, alone)
+        limit_s = self._limits.max_time_s
+        if predicted_s > limit_s:
+            raise Refused(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "queue_time",
+                f"a wait of {predicted_s:.2f} s is predicted, the limit is {limit_s:g} s",
+                _bounded(predicted_s - limit_s),
+            )
 
     def _check_deadline(self, request: Request, now: float) -> None:
         left_s = request.deadline - now

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from coordinator.admission_control import QueueLimits
 from lockstep.daemon.flags import (
     Flag,
     FlagError,
@@ -72,6 +73,7 @@ FLAGS = (
     Flag("metrics-port", tcp_port, 9851, "Prometheus port; 0: any"),
     Flag("max-queue-requests", positive_int, 1024, "most requests that wait"),
     Flag("max-queue-prompt-tokens", positive_int, 1 << 20, "most prompt tokens that wait"),
+    Flag("max-queue-time", float_between(0.0, 86400.0), 0.0, "predicted, in seconds; 0: any"),
     Flag("step-log", str, "", "file to log step commands and results to, for lockstep replay"),
     Flag("step-log-bytes", _log_size, 256 << 20, "most bytes of the step log's files together"),
     Flag("num-frontends", positive_int, 1, "processes that serve the public API"),
@@ -108,6 +110,7 @@ class CoordinatorConfig:
     metrics_port: int = 9851
     max_queue_requests: int = 1024
     max_queue_prompt_tokens: int = 1 << 20
+    max_queue_time: float = 0.0
     step_log: str = ""
     step_log_bytes: int = 256 << 20
     num_frontends: int = 1
@@ -124,6 +127,12 @@ class CoordinatorConfig:
                 f"{self.max_num_seqs}: every running request takes a token in each step; "
                 f"lower --max-num-seqs or raise --max-batch-tokens"
             )
+
+    @property
+    def queue_limits(self) -> QueueLimits:
+        return QueueLimits(
+            self.max_queue_requests, self.max_queue_prompt_tokens, self.max_queue_time
+        )
 
     @property
     def world_size(self) -> int:

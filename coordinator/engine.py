@@ -52,9 +52,7 @@ class Engine:
         self._metrics_port = metrics_port
         self._notifier = notifier or Notifier({})
         self._outbox = Outbox()
-        self._book = RequestBook(
-            self._outbox, metrics, config.max_queue_requests, config.max_queue_prompt_tokens
-        )
+        self._book = RequestBook(self._outbox, metrics, config.queue_limits)
         self._frontends: list[FrontendProcess] = []
         self._ports: dict[int, int] = {}
         self._all_listen = asyncio.Event()

@@ -33,7 +33,7 @@ _LATENCY_BUCKETS_S = (
 _KNOWN_LABELS = {
     "request_success": ("stop", "length", "abort", "cancelled", "deadline"),
     "requests_failed": ("internal", "unavailable"),
-    "requests_rejected": ("invalid_argument", "not_ready", "queue_full", "deadline"),
+    "requests_rejected": ("invalid_argument", "not_ready", "queue_full", "queue_time", "deadline"),
 }
 _E2E_BUCKETS_S = (*_LATENCY_BUCKETS_S, 160.0, 320.0, 640.0, 1280.0, 2560.0)
 

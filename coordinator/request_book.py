@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import grpc
 
 from coordinator.admission import ModelLimits, Refused, read_submit
-from coordinator.admission_control import AdmissionControl
+from coordinator.admission_control import AdmissionControl, QueueLimits
 from coordinator.batch import Batch
 from coordinator.client_count import ClientCount
 from coordinator.deadlines import Deadlines
@@ -48,15 +48,13 @@ class RequestBook:
         self,
         outbox: Outbox,
         metrics: EngineMetrics,
-        max_queue_requests: int,
-        max_queue_prompt_tokens: int = 1 << 20,
+        queue_limits: QueueLimits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.outbox = outbox
         self.metrics = metrics
         self.cause = "starting"
-        self._max_queue_requests = max_queue_requests
-        self._max_queue_prompt_tokens = max_queue_prompt_tokens
+        self._queue_limits = queue_limits
         self._clock = clock
         self._epoch: _Epoch | None = None
         self._by_handle: dict[tuple[int, int], Request] = {}
@@ -77,7 +75,7 @@ class RequestBook:
     def open(self, batch: Batch, limits: ModelLimits) -> None:
         """The group can answer: requests go into `batch`."""
         assert not self._by_handle
-        control = AdmissionControl(batch, self._max_queue_requests, self._max_queue_prompt_tokens)
+        control = AdmissionControl(batch, self._queue_limits)
         keeper = TimeKeeper(batch.epoch, self.metrics)
         self._epoch, self.cause = _Epoch(batch, limits, control, keeper), ""
 

@@ -202,8 +202,8 @@ REQUESTS = (
         "Requests refused, by reason",
         "reqps",
         [(rate("requests_rejected_total", "reason"), "{{reason}}")],
-        text="queue_full and deadline are overload, not_ready and draining an outage, the "
-        "rest mistakes of clients.",
+        text="queue_full, queue_time and deadline are overload, not_ready and draining an outage, "
+        "the rest mistakes of clients.",
     ),
     Panel(
         "Tokens of a request",

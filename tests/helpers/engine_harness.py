@@ -202,7 +202,7 @@ async def running_group(
     made = make_config(addresses, **config)
     outbox, heard = Outbox(), Heard()
     metrics = metrics or EngineMetrics("fake")
-    book = RequestBook(outbox, metrics, made.max_queue_requests, made.max_queue_prompt_tokens)
+    book = RequestBook(outbox, metrics, made.queue_limits)
 
     def flush() -> None:
         for messages in outbox.take().values():

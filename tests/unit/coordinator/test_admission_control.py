@@ -4,7 +4,7 @@ import grpc
 import pytest
 
 from coordinator.admission import Refused
-from coordinator.admission_control import AdmissionControl
+from coordinator.admission_control import AdmissionControl, QueueLimits
 from coordinator.batch import Batch, BatchLimits
 from tests.unit.coordinator.test_request_queue import make_request
 
@@ -13,11 +13,15 @@ NOW = 1000.0
 
 
 def make_control(
-    max_requests: int = 100, max_prompt_tokens: int = 10**6, *, is_measured: bool = True
+    max_requests: int = 100,
+    max_prompt_tokens: int = 10**6,
+    max_time_s: float = 0.0,
+    *,
+    is_measured: bool = True,
 ) -> tuple[AdmissionControl, Batch]:
     """100 prompt tokens take a second; the batch is empty."""
     batch = Batch(1, BatchLimits(1000, 16, 8, 100))
-    control = AdmissionControl(batch, max_requests, max_prompt_tokens)
+    control = AdmissionControl(batch, QueueLimits(max_requests, max_prompt_tokens, max_time_s))
     if is_measured:
         for _ in range(10):
             control.predictor.observe_step(100, 1.0)
@@ -110,6 +114,19 @@ def test_a_queue_of_too_many_prompt_tokens_is_full_naming_the_numbers() -> None:
         control.check(make_request(999, prompt_len=51), NOW)
     assert (refused.value.status, refused.value.reason) == (EXHAUSTED, "queue_full")
     assert refused.value.retry_after_s > 0
+
+
+def test_a_wait_above_the_limit_is_refused_but_never_for_the_length_of_a_prompt_itself() -> None:
+    control, batch = make_control(max_time_s=2.0)
+    control.check(make_request(999, prompt_len=5000), NOW)  # 50 s of its own
+    fill(batch, 2)
+    control.check(make_request(999, prompt_len=5000), NOW)
+    batch.enqueue(make_request(998, prompt_len=50))
+    words = r"a wait of 2.50 s is predicted, the limit is 2 s"
+    with pytest.raises(Refused, match=words) as refused:
+        control.check(make_request(999, prompt_len=100), NOW)
+    assert (refused.value.status, refused.value.reason) == (EXHAUSTED, "queue_time")
+    assert refused.value.retry_after_s == pytest.approx(0.5)
 
 
 def test_a_retry_delay_is_told_though_nothing_was_measured() -> None:

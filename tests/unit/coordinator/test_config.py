@@ -54,6 +54,7 @@ def test_the_environment_may_hold_what_other_daemons_read() -> None:
         ),
         ([*GIVEN, "--step-timeout", "0"], "--step-timeout"),
         ([*GIVEN, "--max-queue-prompt-tokens", "0"], "--max-queue-prompt-tokens"),
+        ([*GIVEN, "--max-queue-time", "-1"], "--max-queue-time"),
         ([*GIVEN, "--comm", "mpi"], "want one of auto, nccl, shm, gloo"),
     ],
 )

@@ -6,6 +6,7 @@ import struct
 import pytest
 
 from coordinator.admission import ModelLimits
+from coordinator.admission_control import QueueLimits
 from coordinator.batch import Batch, BatchLimits
 from coordinator.errors import ProtocolBroken
 from coordinator.metrics import EngineMetrics
@@ -22,7 +23,7 @@ def apply(change: dict[str, object]) -> list[object]:
     async def run() -> list[object]:
         batch = Batch(1, BatchLimits(9, 4, 2, 8))
         outbox, metrics = Outbox(), EngineMetrics("m")
-        book = RequestBook(outbox, metrics, 9)
+        book = RequestBook(outbox, metrics, QueueLimits(9))
         book.open(batch, ModelLimits(32, 1000, 9, 4))
         book.submit(0, make_submit(1, [1, 2], 5, logprobs=1))
         outbox.take()
