@@ -23,7 +23,10 @@ _SHORT, _LONG = 20, 220
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, and the weight-read floor of one decode step in ms (None: no GPU)."""
+    """What is measured, and the weight-read floor of one decode step in ms (None: no GPU).
+
+    `has_peer`: the peer was measured on such hardware, so that its figures may stand beside ours.
+    """
 
     client: Client
     model: str
@@ -31,6 +34,7 @@ class Subject:
     dtype: str
     vocab_size: int
     floor_ms: float | None
+    has_peer: bool
     generator: random.Random
     say: Callable[[str], None]
 
@@ -43,7 +47,7 @@ class Subject:
 
     def case(self, name: str, **fields: Any) -> Case:
         """A case of this subject with the peer's figure, if it has one."""
-        value = peer_figure(self.model, self.tp, name)
+        value = peer_figure(self.model, self.tp, name) if self.has_peer else None
         peer = {"name": PEER_NAME, "value": value} if value is not None else None
         case = Case(case=name, model=self.model, tp=self.tp, dtype=self.dtype, peer=peer, **fields)
         self.say(f"{name}: {case.value:.4g} {case.unit} (peer {value or '-'})")

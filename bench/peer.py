@@ -7,6 +7,7 @@ all-reduce), in process, dummy bfloat16 weights, prefix cache off, 4 H200 of one
 from __future__ import annotations
 
 PEER_NAME = "vllm-0.24.0"
+PEER_GPU = "NVIDIA H200"
 
 # (model, tp) -> case -> value; units as in the cases.
 _FIGURES: dict[tuple[str, int], dict[str, float]] = {

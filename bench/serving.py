@@ -15,6 +15,7 @@ import uvloop
 
 from bench import cases
 from bench.cases import Subject
+from bench.peer import PEER_GPU
 from bench.record import (
     RESULTS,
     Case,
@@ -29,7 +30,6 @@ from bench.requests import Client
 from bench.server_process import ServerProcess
 
 MODELS = Path(__file__).parent / "models"
-_HBM_BYTES_PER_S = 4.26e12  # measured on H200: 2 GiB bfloat16 matrix-vector product
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +52,9 @@ def main(argv: list[str]) -> int:
     ]
     with ServerProcess(flags, options.start_limit) as server:
         _say(f"server ready at {server.address} after {server.start_seconds:.1f} s")
-        measured = uvloop.run(_measure(options, model_dir, server.address))
+        measured = uvloop.run(
+            _measure(options, model_dir, server.address, anchor["anchor"]["mv_tb_s"])
+        )
     record = Record(
         bench="serving",
         command=command_line("lockstep", "bench", "serving", *argv),
@@ -67,17 +69,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-async def _measure(options: argparse.Namespace, model_dir: Path, address: str) -> list[Case]:
+async def _measure(
+    options: argparse.Namespace, model_dir: Path, address: str, read_tb_s: float | None
+) -> list[Case]:
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     client = Client(address)
-    on_gpu = hardware()["driver"] is not None
     subject = Subject(
         client=client,
         model=model_dir.name,
         tp=options.tp,
         dtype=options.dtype,
         vocab_size=config["vocab_size"],
-        floor_ms=weight_read_ms(config, options.tp) if on_gpu else None,
+        floor_ms=weight_read_ms(config, options.tp, read_tb_s) if read_tb_s else None,
+        has_peer=hardware()["gpu"] == PEER_GPU,
         generator=random.Random(options.seed),
         say=_say,
     )
@@ -100,15 +104,18 @@ async def _run_cases(options: argparse.Namespace, subject: Subject) -> list[Case
     return measured
 
 
-def weight_read_ms(config: dict[str, Any], tp: int) -> float:
-    """Milliseconds to read one rank's bfloat16 weights once; the input embedding is not read."""
+def weight_read_ms(config: dict[str, Any], tp: int, read_tb_s: float) -> float:
+    """Milliseconds to read one rank's bfloat16 weights once; the input embedding is not read.
+
+    `read_tb_s` is what this GPU reads, in TB/s, as `bench.anchor` measures it.
+    """
     hidden, head_dim = config["hidden_size"], config.get("head_dim")
     head_dim = head_dim or hidden // config["num_attention_heads"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
     layer = attention + 3 * hidden * config["intermediate_size"]
     parameters = config["num_hidden_layers"] * layer + config["vocab_size"] * hidden
-    return float(2 * parameters / tp / _HBM_BYTES_PER_S * 1e3)
+    return float(2 * parameters / tp / (read_tb_s * 1e12) * 1e3)
 
 
 def _parser() -> argparse.ArgumentParser:
