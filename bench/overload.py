@@ -68,7 +68,8 @@ def _flags(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     coordinator = [*common, "--dtype", "float32", "--max-num-seqs", str(options.max_num_seqs)]
     coordinator += ["--max-queue-requests", str(options.max_queue_requests)]
     coordinator += ["--max-model-len", "1024", "--kv-cache-bytes", options.kv_cache_bytes]
-    return [*common, "--num-threads", "1"], coordinator
+    coordinator += ["--max-queue-time", str(options.max_queue_time)]
+    return [*common, "--num-threads", str(options.num_threads)], coordinator
 
 
 def _start(
@@ -222,6 +223,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=8)
     parser.add_argument("--max-queue-requests", type=int, default=4)
+    parser.add_argument("--max-queue-time", type=float, default=0.1, help="predicted, seconds")
+    parser.add_argument("--num-threads", type=int, default=1, help="of each rank")
     parser.add_argument("--kv-cache-bytes", default="256M")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=32)
