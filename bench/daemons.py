@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def children(pid: int) -> list[int]:
     """Its child processes, of all its threads."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        found += map(int, (task / "children").read_text(encoding="ascii").split())
+        with suppress(FileNotFoundError):  # the thread has ended, and has no children
+            found += map(int, (task / "children").read_text(encoding="ascii").split())
     return found
 
 

@@ -180,12 +180,15 @@ def _cpu_name() -> str:
 
 
 def _commit(environ: Mapping[str, str]) -> str:
-    """The commit that is checked out; without a checkout $BENCH_COMMIT, else "unknown"."""
-    return _git("rev-parse", "HEAD") or environ.get("BENCH_COMMIT", "unknown")
+    """$BENCH_COMMIT, which says that this is a clean copy of that commit; else what is checked out,
+    or "unknown"."""
+    return environ.get("BENCH_COMMIT") or _git("rev-parse", "HEAD") or "unknown"
 
 
 def _is_dirty() -> bool | None:
     """Whether the checkout differs from its commit; None, nobody knows, without one."""
+    if os.environ.get("BENCH_COMMIT"):
+        return False
     if not _git("rev-parse", "HEAD"):
         return None
     return bool(_git("status", "--porcelain"))

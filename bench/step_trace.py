@@ -33,6 +33,7 @@ _PROMPT_TOKENS = 128
 _MAX_STEPS = 200
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _NAME_WIDTH = 68
+_MIN_SHARE = 0.003  # of a step
 
 
 @dataclass(frozen=True)
@@ -190,17 +191,25 @@ def _table(batch_size: int, trace: StepTrace) -> list[str]:
         f"bs {batch_size}: {trace.step_us:.0f} us a step over {trace.num_steps} steps, kernels run "
         f"{100 * trace.busy_share:.1f}% of the time, {calls:.0f} kernels a step"
     ]
-    for name, (calls, us) in sorted(trace.kernels.items(), key=lambda item: -item[1][1]):
+    for name, (calls, us) in _main_kernels(trace):
         share = 100 * us / trace.step_us
         lines.append(f"  {us:8.1f} us {share:5.1f}% {calls:6.1f}x  {name[:_NAME_WIDTH]}")
     return lines
+
+
+def _main_kernels(trace: StepTrace) -> list[tuple[str, tuple[float, float]]]:
+    """The kernels that matter, largest first, and all others together."""
+    by_time = sorted(trace.kernels.items(), key=lambda item: -item[1][1])
+    main = [item for item in by_time if item[1][1] >= _MIN_SHARE * trace.step_us]
+    rest = [value for _, value in by_time[len(main) :]]
+    return [*main, ("others", (sum(calls for calls, _ in rest), sum(us for _, us in rest)))]
 
 
 def _cases(
     model: str, options: argparse.Namespace, batch_size: int, trace: StepTrace
 ) -> list[Case]:
     figures = [("step", "us", trace.step_us), ("busy", "%", 100 * trace.busy_share)]
-    figures += [(name, "us", us) for name, (_, us) in trace.kernels.items()]
+    figures += [(name, "us", us) for name, (_, us) in _main_kernels(trace)]
     return [
         Case(
             case=f"trace-bs{batch_size}-{name}",

@@ -75,15 +75,22 @@ def test_settings_hold_every_option_but_the_place_of_the_record() -> None:
     }
 
 
-def test_without_a_checkout_the_commit_is_what_the_operator_says(
+def test_of_a_clean_copy_the_commit_is_what_the_operator_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BENCH_COMMIT", "feed")
+    record = _record()
+    assert (record.commit, record.dirty) == ("feed", False)
+
+
+def test_outside_a_checkout_nobody_knows_the_commit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(record_module, "_PROJECT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setenv("BENCH_COMMIT", "feed")
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
     record = _record()
-    assert record.commit == "feed"
-    assert record.dirty is None
+    assert (record.commit, record.dirty) == ("unknown", None)
 
 
 def test_kept_records_name_no_place_of_one_machine() -> None:
