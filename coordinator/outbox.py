@@ -1,5 +1,6 @@
 """What the engine has to say to its frontends, gathered so that each result is one message."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,11 +10,14 @@ from protos.lockstep.v1 import engine_pb2, generate_pb2
 
 
 @dataclass
-class _FrontendOutputs:
-    """New tokens and endings of one frontend's requests."""
+class FrontendOutputs:
+    """New tokens and endings of one frontend's requests.
 
+    `handles` and `token_ids` belong together: a token of a request each.
+    """
+
+    accepted: list[int] = field(default_factory=list)  # handles
     handles: list[int] = field(default_factory=list)
-    token_counts: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[generate_pb2.TokenLogprobs] = field(default_factory=list)
     ended: list[engine_pb2.Ended] = field(default_factory=list)
@@ -22,10 +26,12 @@ class _FrontendOutputs:
     def messages(self) -> list[engine_pb2.EngineMessage]:
         """Tokens before endings, so that a request's last tokens come before its end."""
         messages = []
-        if self.handles:
+        if self.handles or self.accepted:
+            token_counts = np.ones(len(self.accepted) + len(self.handles), dtype="<i4")
+            token_counts[: len(self.accepted)] = 0
             outputs = engine_pb2.Outputs(
-                handles=np.array(self.handles, dtype="<i8").tobytes(),
-                token_counts=np.array(self.token_counts, dtype="<i4").tobytes(),
+                handles=np.array([*self.accepted, *self.handles], dtype="<i8").tobytes(),
+                token_counts=token_counts.tobytes(),
                 token_ids=np.array(self.token_ids, dtype="<i4").tobytes(),
                 logprobs=self.logprobs,
             )
@@ -38,41 +44,23 @@ class Outbox:
     """Collects per frontend; `take` empties it."""
 
     def __init__(self) -> None:
-        self._outputs: dict[int, _FrontendOutputs] = {}
+        self.outputs_of: defaultdict[int, FrontendOutputs] = defaultdict(FrontendOutputs)
+        """By frontend; where tokens are added."""
 
     def accept(self, request: Request) -> None:
         """Says that a request is in the queue: no tokens yet."""
-        outputs = self._of(request.frontend)
-        outputs.handles.append(request.handle)
-        outputs.token_counts.append(0)
-
-    def add_token(
-        self, request: Request, token_id: int, logprobs: generate_pb2.TokenLogprobs | None
-    ) -> None:
-        """A new token of a request."""
-        outputs = self._of(request.frontend)
-        outputs.handles.append(request.handle)
-        outputs.token_counts.append(1)
-        outputs.token_ids.append(token_id)
-        if logprobs is not None:
-            outputs.logprobs.append(logprobs)
+        self.outputs_of[request.frontend].accepted.append(request.handle)
 
     def add_end(self, frontend: int, ended: engine_pb2.Ended) -> None:
         """The last word about a request."""
-        self._of(frontend).ended.append(ended)
+        self.outputs_of[frontend].ended.append(ended)
 
     def add_answer(self, frontend: int, answer: engine_pb2.EngineMessage) -> None:
         """A message to follow the endings gathered so far."""
-        self._of(frontend).answers.append(answer)
+        self.outputs_of[frontend].answers.append(answer)
 
     def take(self) -> dict[int, list[engine_pb2.EngineMessage]]:
         """The messages for each frontend with any, in order; the outbox is empty afterwards."""
-        taken = {index: outputs.messages() for index, outputs in self._outputs.items()}
-        self._outputs.clear()
+        taken = {index: outputs.messages() for index, outputs in self.outputs_of.items()}
+        self.outputs_of.clear()
         return taken
-
-    def _of(self, frontend: int) -> _FrontendOutputs:
-        outputs = self._outputs.get(frontend)
-        if outputs is None:
-            outputs = self._outputs[frontend] = _FrontendOutputs()
-        return outputs

@@ -3,12 +3,17 @@
 Sending a command and hearing of it takes a round trip, during which the ranks must not run dry;
 what arrives meanwhile waits for everything outstanding. So about four milliseconds are kept
 outstanding, and never less than two steps: with steps of 0.6 ms two commands of three steps, with
-steps above 4 ms one step that runs and one behind it.
+steps above 4 ms one step that runs and one behind it. Where the ranks run dry all the same, because
+this host is slow or busy, it becomes more, up to twelve milliseconds.
 """
 
 from coordinator.outstanding import Outstanding
 
 _AHEAD_S = 0.004
+_MAX_AHEAD_S = 0.012
+_MAX_IDLE_SHARE = 0.005  # of the ranks' time
+_IDLE_WEIGHT = 0.02  # of the newest step in the share
+_MORE, _LESS = 1.02, 0.9995  # factors a step
 _MIN_STEPS_AHEAD = 2
 _MAX_STEPS_AHEAD = 16
 _MAX_GRANT = 8
@@ -19,21 +24,38 @@ class Pacing:
     """Moving averages of step times, apart for steps of rows alone and steps with chunks."""
 
     def __init__(self) -> None:
+        self.ahead_s = _AHEAD_S
         self.decode_step_s = _AHEAD_S
         self.mixed_step_s = _AHEAD_S
+        self._idle_share = 0.0
+        self._idle_micros: int | None = None  # rank 0's count when it last had work behind it
 
-    def observe(self, step_micros: int, is_mixed: bool) -> None:
-        """A step took that long on the device."""
+    def planned(self, has_work: bool) -> None:
+        """Planning is over; without work outstanding the ranks rightly wait."""
+        if not has_work:
+            self._idle_micros = None
+
+    def observe(self, step_micros: int, idle_micros: int, is_mixed: bool) -> None:
+        """A step took that long on rank 0, which has waited `idle_micros` in all."""
+        if self._idle_micros is not None:
+            self._react(idle_micros - self._idle_micros, step_micros)
+        self._idle_micros = idle_micros
         step_s = max(step_micros, 1) / 1e6
         if is_mixed:
             self.mixed_step_s += _NEWEST_WEIGHT * (step_s - self.mixed_step_s)
         else:
             self.decode_step_s += _NEWEST_WEIGHT * (step_s - self.decode_step_s)
 
+    def _react(self, waited_micros: int, step_micros: int) -> None:
+        share = waited_micros / max(waited_micros + step_micros, 1)
+        self._idle_share += _IDLE_WEIGHT * (share - self._idle_share)
+        factor = _MORE if self._idle_share > _MAX_IDLE_SHARE else _LESS
+        self.ahead_s = min(max(self.ahead_s * factor, _AHEAD_S), _MAX_AHEAD_S)
+
     @property
     def steps_per_grant(self) -> int:
         """Decode steps of one command, so that two commands are outstanding."""
-        return min(max(1, int(_AHEAD_S / 2 / self.decode_step_s)), _MAX_GRANT)
+        return min(max(1, int(self.ahead_s / 2 / self.decode_step_s)), _MAX_GRANT)
 
     def wants_more(self, outstanding: Outstanding, num_steps: int) -> bool:
         """A command of `num_steps` decode steps is to be sent now."""
@@ -41,4 +63,4 @@ class Pacing:
         if num_decode + num_mixed < _MIN_STEPS_AHEAD:
             return True
         planned_s = (num_decode + num_steps) * self.decode_step_s + num_mixed * self.mixed_step_s
-        return planned_s <= _AHEAD_S and num_decode + num_mixed + num_steps <= _MAX_STEPS_AHEAD
+        return planned_s <= self.ahead_s and num_decode + num_mixed + num_steps <= _MAX_STEPS_AHEAD

@@ -154,21 +154,6 @@ class RequestBook:
         self._measure()
         return has_ended
 
-    def take_token(
-        self,
-        request: Request,
-        token_id: int,
-        is_stop: bool,
-        logprobs: generate_pb2.TokenLogprobs | None,
-    ) -> None:
-        """Records a generated token; ends the request if it is the last one."""
-        request.output_ids.append(token_id)
-        self.outbox.add_token(request, token_id, logprobs)
-        if is_stop:
-            self.finish(request, generate_pb2.FINISH_REASON_STOP, token_id)
-        elif len(request.output_ids) >= request.max_tokens:
-            self.finish(request, generate_pb2.FINISH_REASON_LENGTH)
-
     def finish(
         self, request: Request, reason: generate_pb2.FinishReason, stop_token_id: int = 0
     ) -> None:

@@ -65,6 +65,11 @@ class RequestQueue:
         self._num_waiting = 0
         self._forget_above = 2 * _MAX_IDLE_TENANTS
 
+    @property
+    def num_preempted(self) -> int:
+        """That have lost their slots and wait for new ones."""
+        return len(self._returned)
+
     def __len__(self) -> int:
         return len(self._returned) + self._num_waiting
 

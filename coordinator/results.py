@@ -1,6 +1,7 @@
 """What a step reported becomes tokens of requests, endings and measurements."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import grpc
 import numpy as np
@@ -18,31 +19,51 @@ _FLAG_NOT_FINITE = 2
 _NUM_ALTERNATIVES = 20
 
 
-def apply_result(
-    result: worker_pb2.StepResult,
-    batch: Batch,
-    book: RequestBook,
-    metrics: EngineMetrics,
-    now: float,
-) -> None:
-    """Applies a step's result to the requests of the command that granted it.
+@dataclass(frozen=True)
+class Resolved:
+    """A result and the requests that its entries speak of, in their order."""
 
-    Tokens of requests that have ended meanwhile are dropped; `now` is CLOCK_MONOTONIC in seconds.
+    result: worker_pb2.StepResult
+    entries: Sequence[Request]
+    token_ids: list[int]
+
+    @property
+    def is_plain(self) -> bool:
+        """No request ends before its last granted step."""
+        return not any(self.result.flags)
+
+
+def resolve_result(result: worker_pb2.StepResult, batch: Batch) -> Resolved:
+    """Finds what a result speaks of; the step counts as reported from now on.
+
     Raises ProtocolBroken if the result does not fit what was sent.
     """
     entries = batch.resolve(result.command_id, result.step)
-    book.step_reported(result)
     token_ids = unpack_int32(result.token_ids)
-    all_flags = result.flags
-    if len(token_ids) != len(entries) or len(all_flags) != len(entries):
+    if len(token_ids) != len(entries) or len(result.flags) != len(entries):
         raise ProtocolBroken(
-            f"step {result.step} has {len(token_ids)} tokens and {len(all_flags)} flags for "
+            f"step {result.step} has {len(token_ids)} tokens and {len(result.flags)} flags for "
             f"{len(entries)} entries"
         )
+    return Resolved(result, entries, token_ids)
+
+
+def apply_result(
+    resolved: Resolved, batch: Batch, book: RequestBook, metrics: EngineMetrics, now: float
+) -> None:
+    """Applies a step's result to its requests.
+
+    Tokens of requests that have ended meanwhile are dropped; `now` is CLOCK_MONOTONIC in seconds.
+    Raises ProtocolBroken if a request should have a token and has none.
+    """
+    result, entries = resolved.result, resolved.entries
+    book.step_reported(result)
     alternatives = _Alternatives(result, len(entries)) if result.logprobs else None
     first_delays, gaps = list[float](), list[float]()
+    # The one loop over all tokens: a call more in it is a call for each token that we serve.
+    news = book.outbox.outputs_of
     for index, (request, token_id, flags) in enumerate(
-        zip(entries, token_ids, all_flags, strict=True)
+        zip(entries, resolved.token_ids, result.flags, strict=True)
     ):
         if request.state is RequestState.FINISHED:
             continue
@@ -56,8 +77,16 @@ def apply_result(
             first_delays.append(now - request.arrival_time)
             request.first_token_time = now
         request.last_token_time = now
-        logprobs = alternatives.of(index, request) if alternatives else None
-        book.take_token(request, token_id, bool(flags & _FLAG_STOP), logprobs)
+        request.output_ids.append(token_id)
+        outputs = news[request.frontend]
+        outputs.handles.append(request.handle)
+        outputs.token_ids.append(token_id)
+        if alternatives:
+            outputs.logprobs += alternatives.of(index, request)
+        if flags & _FLAG_STOP:
+            book.finish(request, generate_pb2.FINISH_REASON_STOP, token_id)
+        elif len(request.output_ids) >= request.max_tokens:
+            book.finish(request, generate_pb2.FINISH_REASON_LENGTH)
     metrics.steps += 1
     metrics.generation_tokens += len(first_delays) + len(gaps)
     metrics.time_to_first_token.observe(first_delays)
@@ -89,18 +118,20 @@ class _Alternatives:
         self._top_ids = top_ids.reshape(shape) if len(top_ids) else None
         self._top_logprobs = top_logprobs.reshape(shape) if len(top_ids) else None
 
-    def of(self, index: int, request: Request) -> generate_pb2.TokenLogprobs | None:
-        """What a request asked for; None if it asked for nothing."""
+    def of(self, index: int, request: Request) -> list[generate_pb2.TokenLogprobs]:
+        """What a request asked for, one entry; nothing if it asked for nothing."""
         count = request.sampling.num_logprobs
         if count < 0:
-            return None
+            return []
         top_ids: Sequence[int] = []
         top_logprobs: Sequence[float] = []
         if count and self._top_ids is not None and self._top_logprobs is not None:
             top_ids = self._top_ids[index, :count].tolist()
             top_logprobs = self._top_logprobs[index, :count].tolist()
-        return generate_pb2.TokenLogprobs(
-            logprob=float(self._logprobs[index]),
-            top_token_ids=top_ids,
-            top_logprobs=top_logprobs,
-        )
+        return [
+            generate_pb2.TokenLogprobs(
+                logprob=float(self._logprobs[index]),
+                top_token_ids=top_ids,
+                top_logprobs=top_logprobs,
+            )
+        ]

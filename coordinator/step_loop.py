@@ -15,7 +15,7 @@ from coordinator.metrics import EngineMetrics
 from coordinator.pacing import Pacing
 from coordinator.progress_watch import ProgressWatch
 from coordinator.request_book import RequestBook
-from coordinator.results import apply_result
+from coordinator.results import apply_result, resolve_result
 from coordinator.step_log import StepLog
 from coordinator.step_snapshot import snapshot_tables
 from coordinator.worker_group import loss_by_failure
@@ -107,14 +107,28 @@ class StepLoop:
 
     def _take_result(self, result: worker_pb2.StepResult) -> None:
         now = time.monotonic()
-        self._pacing.observe(result.step_micros, self._batch.outstanding.is_mixed_step_next)
+        batch = self._batch
+        self._pacing.observe(
+            result.step_micros, result.idle_micros, batch.outstanding.is_mixed_step_next
+        )
         try:
-            apply_result(result, self._batch, self._book, self._metrics, now)
+            resolved = resolve_result(result, batch)
+            if resolved.is_plain and not self._plans_need_tokens:
+                # The ranks wait for what comes next, and giving the tokens out takes longer.
+                self._plan()
+            apply_result(resolved, batch, self._book, self._metrics, now)
         except ProtocolBroken as error:
             raise RankLost(0, result.step, str(error)) from error
         self._watch.reported(0, result.command_id, result.step, result.all_reduce_count, now)
         self._note_clocks(0, result)
         self._pump()
+
+    @property
+    def _plans_need_tokens(self) -> bool:
+        """Who was preempted begins again with all its tokens; a segment of the step log begins
+        with all tokens that there are."""
+        is_log_due = self._log is not None and self._log.is_due
+        return is_log_due or self._batch.queue.num_preempted > 0
 
     def _note_clocks(
         self, rank: int, report: worker_pb2.StepResult | worker_pb2.RankProgress
@@ -124,6 +138,20 @@ class StepLoop:
 
     def _pump(self) -> None:
         """Sends commands until enough is outstanding, then tells the frontends the news."""
+        self._plan()
+        batch = self._batch
+        self._pacing.planned(batch.num_unreported > 0)
+        self._metrics.num_requests_running = batch.num_running
+        self._metrics.num_requests_waiting = batch.num_waiting
+        self._metrics.kv_cache_usage = batch.kv_usage
+        self._metrics.preemptions += batch.take_num_preemptions()
+        num_queries, num_hits = batch.prefix_cache.take_counts()
+        self._metrics.prefix_cache_queries += num_queries
+        self._metrics.prefix_cache_hits += num_hits
+        self._flush()
+
+    def _plan(self) -> None:
+        """Sends commands until enough is outstanding."""
         batch = self._batch
         is_log_due = self._turn_log()
         max_steps = self._pacing.steps_per_grant
@@ -136,14 +164,6 @@ class StepLoop:
             if with_digest:
                 self._last_digest_at = now
             self._sent(command, now)
-        self._metrics.num_requests_running = batch.num_running
-        self._metrics.num_requests_waiting = batch.num_waiting
-        self._metrics.kv_cache_usage = batch.kv_usage
-        self._metrics.preemptions += batch.take_num_preemptions()
-        num_queries, num_hits = batch.prefix_cache.take_counts()
-        self._metrics.prefix_cache_queries += num_queries
-        self._metrics.prefix_cache_hits += num_hits
-        self._flush()
 
     def _turn_log(self) -> bool:
         """Whether to grant nothing: a segment of the step log is due and begins when nothing is

@@ -11,8 +11,8 @@ from coordinator.pacing import Pacing
 def settled(decode_micros: int, mixed_micros: int = 4000) -> Pacing:
     pacing = Pacing()
     for _ in range(200):
-        pacing.observe(decode_micros, is_mixed=False)
-        pacing.observe(mixed_micros, is_mixed=True)
+        pacing.observe(decode_micros, 0, is_mixed=False)
+        pacing.observe(mixed_micros, 0, is_mixed=True)
     return pacing
 
 
@@ -85,3 +85,23 @@ def test_a_reported_step_is_outstanding_no_more() -> None:
         outstanding.resolve(command_id, step)
     assert counts == [(4, 1), (4, 0), (3, 0), (2, 0), (1, 0)]
     assert (outstanding.num_decode_steps, outstanding.num_mixed_steps, len(outstanding)) == (0,) * 3
+
+
+def after_waits(pacing: Pacing, waits_micros: list[int], has_work: bool = True) -> Pacing:
+    """Steps of 2 ms, before each of which rank 0 waited."""
+    total = 0
+    for waited in waits_micros:
+        total += waited
+        pacing.planned(has_work)
+        pacing.observe(2000, total, is_mixed=False)
+    return pacing
+
+
+def test_ranks_that_run_dry_get_more_work_ahead_within_a_bound_and_less_again_later() -> None:
+    pacing = settled(2000)
+    assert after_waits(pacing, [100] * 300).ahead_s == 0.012
+    assert after_waits(pacing, [0] * 3000).ahead_s == 0.004
+
+
+def test_ranks_that_wait_because_nobody_asks_get_no_more_work_ahead() -> None:
+    assert after_waits(settled(2000), [10**6] * 300, has_work=False).ahead_s == 0.004

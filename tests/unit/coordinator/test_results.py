@@ -12,7 +12,7 @@ from coordinator.errors import ProtocolBroken
 from coordinator.metrics import EngineMetrics
 from coordinator.outbox import Outbox
 from coordinator.request_book import RequestBook
-from coordinator.results import apply_result
+from coordinator.results import apply_result, resolve_result
 from protos.lockstep.v1 import worker_pb2
 from tests.helpers.engine_harness import make_submit
 
@@ -38,7 +38,7 @@ def apply(change: dict[str, object]) -> list[object]:
             "top_logprobs": struct.pack("<20f", *[-1.0] * 20),
         }
         result = worker_pb2.StepResult(**(values | change))  # type: ignore[arg-type]
-        apply_result(result, batch, book, metrics, now=10.0)
+        apply_result(resolve_result(result, batch), batch, book, metrics, now=10.0)
         return list(outbox.take()[0])
 
     return asyncio.run(run())
