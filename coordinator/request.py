@@ -55,6 +55,8 @@ class Sampling:
     min_tokens: int
     stop_ids: tuple[int, ...]
     num_logprobs: int  # -1: none wanted
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     @property
     def counts_tokens(self) -> bool:

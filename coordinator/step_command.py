@@ -11,6 +11,7 @@ from coordinator.request import Request
 from protos.lockstep.v1 import worker_pb2
 
 _DIGEST_LEN = 8
+_NUM_RECENT = 15  # one less than a bad word may have ids
 
 
 @dataclass
@@ -100,6 +101,14 @@ def unpack_int32(packed: bytes) -> list[int]:
     return unpacked
 
 
+def recent_outputs(request: Request, prefill_len: int) -> bytes:
+    """The last outputs below `prefill_len`, for sequences that must not end a bad word; packed."""
+    if not request.sampling.bad_words:
+        return b""
+    num_outputs = prefill_len - request.prompt_len
+    return pack_int32(request.output_ids[max(num_outputs - _NUM_RECENT, 0) : num_outputs])
+
+
 def slot_open(request: Request) -> worker_pb2.SlotOpen:
     """A sequence as workers need to know it, with the blocks and the limit that it has now."""
     sampling = request.sampling
@@ -123,4 +132,8 @@ def slot_open(request: Request) -> worker_pb2.SlotOpen:
         logprob_count=sampling.num_logprobs,
         cached_len=request.cached_len,
         cached_token_ids=pack_int32(cached),
+        bias_ids=pack_int32([token_id for token_id, _ in sampling.logit_bias]),
+        bias_values=np.array([value for _, value in sampling.logit_bias], "<f4").tobytes(),
+        bad_words=[pack_int32(word) for word in sampling.bad_words],
+        recent_output_ids=recent_outputs(request, request.prefill_len),
     )

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from coordinator.errors import BadRequest
 from coordinator.frontend.availability import Availability
+from coordinator.frontend.bad_words import bad_word_ids
 from coordinator.frontend.chat_template import encode_chat
 from coordinator.frontend.checkpoint_text import CheckpointText
 from coordinator.frontend.output_assembler import OutputAssembler
@@ -99,6 +100,7 @@ class RequestPreparer:
             tenant=request.tenant,
             use_prefix_cache=not request.HasField("use_prefix_cache") or request.use_prefix_cache,
             deadline=clock.deadline,
+            bad_words=await self._bad_words(params.bad_words),
         )
         outputs = [
             OutputStream(self._assembler(params, resumed.tolist()), len(prompt), index)
@@ -122,8 +124,16 @@ class RequestPreparer:
             stops=params.stop,
             stop_ids=params.stop_ids,
             min_tokens=params.min_tokens,
+            include_stop=params.include_stop,
             resume_output_ids=resumed,
         )
+
+    async def _bad_words(self, words: Sequence[str]) -> list[bytes]:
+        if not words:
+            return []
+        tokenizer = self._text.require_tokenizer()
+        sequences = await self._off_loop(lambda: bad_word_ids(tokenizer, words))
+        return [_packed(np.asarray(ids)) for ids in sequences]
 
     def _limits(self) -> ModelLimits:
         tokenizer = self._text.tokenizer
@@ -210,6 +220,7 @@ def _resolved_message(params: SamplingParams) -> generate_pb2.SamplingParams:
         ignore_eos=params.ignore_eos,
         logprobs=params.num_logprobs,
         n=params.num_samples,
+        logit_bias=dict(params.logit_bias),
     )
 
 

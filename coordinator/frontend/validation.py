@@ -5,7 +5,7 @@ Every refusal is a BadRequest that names the field, its value and the limit.
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +14,9 @@ import numpy.typing as npt
 from coordinator.errors import BadRequest, TextUnavailable
 from coordinator.frontend.generation_defaults import GenerationDefaults
 from coordinator.frontend.sampling_limits import (
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_BIASED_IDS,
     MAX_LOGPROBS,
     MAX_PRIORITY,
     MAX_SAMPLES,
@@ -26,8 +29,6 @@ from coordinator.frontend.sampling_limits import (
 )
 
 UNSUPPORTED = (
-    "logit_bias",
-    "bad_words",
     "json_schema",
     "json_object",
     "regex",
@@ -35,7 +36,6 @@ UNSUPPORTED = (
     "choice",
     "gbnf_grammar",
     "prompt_logprobs",
-    "include_stop",
 )
 """Fields of the public SamplingParams that are refused when set."""
 
@@ -73,6 +73,9 @@ class RequestFields:
     ignore_eos: bool | None = None
     logprobs: int | None = None
     n: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: Sequence[str] = ()
+    include_stop: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,10 @@ class SamplingParams:
     num_logprobs: int | None
     """None: none wanted."""
     num_samples: int = 1
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of an id and what is added to its logit, by rising id."""
+    bad_words: tuple[str, ...] = ()
+    include_stop: bool = False
 
     def sample_seed(self, sample_index: int) -> int:
         """The sample's own seed, in signed 64 bits as the noise takes it."""
@@ -158,6 +165,9 @@ def resolve_sampling(
         ignore_eos=ignore_eos,
         num_logprobs=fields.logprobs,
         num_samples=num_samples,
+        logit_bias=_logit_bias(fields.logit_bias, limits),
+        bad_words=_bad_words(fields.bad_words, limits),
+        include_stop=bool(fields.include_stop),
     )
 
 
@@ -260,6 +270,29 @@ def _stop_strings(stops: Sequence[str], limits: ModelLimits) -> tuple[str, ...]:
             limit = f"1 to {MAX_STOP_STRING_CHARS} characters long"
             raise BadRequest(f"stop[{index}]", stop, limit)
     return tuple(dict.fromkeys(stops))
+
+
+def _logit_bias(bias: Mapping[int, float], limits: ModelLimits) -> tuple[tuple[int, float], ...]:
+    if len(bias) > MAX_BIASED_IDS:
+        raise BadRequest("number of logit_bias", len(bias), f"at most {MAX_BIASED_IDS}")
+    for token_id, value in bias.items():
+        if not 0 <= token_id < limits.vocab_size:
+            limit = f"an id in the vocabulary, 0 to {limits.vocab_size - 1}"
+            raise BadRequest("id in logit_bias", token_id, limit)
+        SAMPLING_RANGES["logit_bias"].check(f"logit_bias[{token_id}]", value)
+    return tuple(sorted(bias.items()))
+
+
+def _bad_words(words: Sequence[str], limits: ModelLimits) -> tuple[str, ...]:
+    if words and limits.longest_token_chars is None:
+        raise TextUnavailable("bad words need a tokenizer, and this checkpoint has none")
+    if len(words) > MAX_BAD_WORDS:
+        raise BadRequest("number of bad_words", len(words), f"at most {MAX_BAD_WORDS}")
+    for index, word in enumerate(words):
+        if not 1 <= len(word) <= MAX_BAD_WORD_CHARS:
+            limit = f"1 to {MAX_BAD_WORD_CHARS} characters long"
+            raise BadRequest(f"bad_words[{index}]", word, limit)
+    return tuple(dict.fromkeys(words))
 
 
 def _stop_ids(
