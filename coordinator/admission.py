@@ -9,7 +9,7 @@ import numpy as np
 from coordinator.errors import CoordinatorError
 from coordinator.precedence import virtual_arrival
 from coordinator.request import Request, Sampling
-from protos.lockstep.v1 import engine_pb2
+from protos.lockstep.v1 import engine_pb2, generate_pb2
 
 _MAX_STOP_IDS = 16
 _MAX_LOGPROBS = 20
@@ -98,6 +98,7 @@ def read_submit(submit: engine_pb2.Submit, frontend: int, limits: ModelLimits) -
         deadline=submit.deadline,
         output_ids=resumed.tolist(),
         num_resumed=len(resumed),
+        constraint=_constraint(params, stop_ids),
     )
     _check_sampling(request.sampling)
     _check_lengths(request, limits)
@@ -110,6 +111,21 @@ def _token_ids(packed: bytes, field: str, vocab_size: int) -> np.ndarray:
     outside = token_ids[(token_ids < 0) | (token_ids >= vocab_size)].tolist()
     _require(not outside, f"{field} holds ids {outside[:1]}; ids are in [0, {vocab_size})")
     return token_ids
+
+
+def _constraint(
+    params: generate_pb2.SamplingParams, stop_ids: Sequence[int]
+) -> generate_pb2.SamplingParams | None:
+    """What a grammar process needs of the parameters; None without a constraint."""
+    kind = params.WhichOneof("constraint")
+    if kind is None:
+        return None
+    wanted = generate_pb2.SamplingParams(min_tokens=params.min_tokens, stop_token_ids=stop_ids)
+    if kind == "choice":
+        wanted.choice.CopyFrom(params.choice)
+    else:
+        setattr(wanted, kind, getattr(params, kind))
+    return wanted
 
 
 def _logit_bias(bias: Mapping[int, float], vocab_size: int) -> tuple[tuple[int, float], ...]:

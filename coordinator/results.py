@@ -46,6 +46,8 @@ def apply_result(
     ):
         if request.state is RequestState.FINISHED:
             continue
+        if token_id < 0 and not flags and request.constraint is not None:
+            continue  # it waits for its next mask
         if token_id < 0 or flags & _FLAG_NOT_FINITE:
             batch.distrust(request)
             _end_without_token(request, flags, result.step, book)
@@ -71,6 +73,9 @@ def _end_without_token(request: Request, flags: int, step: int, book: RequestBoo
         )
     number = len(request.output_ids) + 1
     message = f"the logits of output token {number} were not finite"
+    sampling = request.sampling
+    if request.constraint is not None or sampling.bad_words or sampling.logit_bias:
+        message += ", or biases, bad words and constraint together allow no token"
     book.fail(request, grpc.StatusCode.INTERNAL, message)
 
 

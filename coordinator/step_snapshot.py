@@ -35,4 +35,5 @@ def _slot(request: Request) -> step_log_pb2.StepLogSlot:
         open=opening,
         prefilled_count=request.num_prefilled,
         token_ids=tokens.astype("<i4", copy=False).tobytes(),
+        mask=request.sent_mask,
     )

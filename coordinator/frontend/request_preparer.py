@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from coordinator.frontend.output_assembler import OutputAssembler
 from coordinator.frontend.output_stream import OutputStream
 from coordinator.frontend.sampling_limits import MAX_STOP_IDS
 from coordinator.frontend.validation import (
+    Constraint,
     ModelLimits,
     RequestFields,
     SamplingParams,
@@ -199,14 +200,36 @@ def _request_fields(params: generate_pb2.SamplingParams) -> RequestFields:
     num_stop_ids = len(params.stop_token_ids)
     if num_stop_ids > MAX_STOP_IDS:
         raise BadRequest("number of stop_token_ids", num_stop_ids, f"at most {MAX_STOP_IDS}")
-    present = {field.name: value for field, value in params.ListFields()}
+    present: dict[str, Any] = {field.name: value for field, value in params.ListFields()}
     refuse_unsupported(present)
+    kind = params.WhichOneof("constraint")
+    if kind is not None:
+        present["constraint"] = _constraint(kind, present.pop(kind))
     return RequestFields(**present)
 
 
+def _constraint(kind: str, value: Any) -> Constraint | None:
+    match kind:
+        case "json_object":
+            return Constraint(kind, "") if value else None
+        case "choice":
+            return Constraint(kind, tuple(value.choices))
+    return Constraint(kind, value)
+
+
+def _set_constraint(params: generate_pb2.SamplingParams, constraint: Constraint) -> None:
+    match constraint.kind:
+        case "json_object":
+            params.json_object = True
+        case "choice":
+            params.choice.choices.extend(constraint.definition)
+        case kind:
+            setattr(params, kind, constraint.definition)
+
+
 def _resolved_message(params: SamplingParams) -> generate_pb2.SamplingParams:
-    """Every field set; stop texts stay here, stop ids travel beside."""
-    return generate_pb2.SamplingParams(
+    """Every field set; stop texts stay here, stop ids and bad words travel beside."""
+    message = generate_pb2.SamplingParams(
         temperature=params.temperature,
         top_p=params.top_p,
         top_k=params.top_k,
@@ -222,6 +245,9 @@ def _resolved_message(params: SamplingParams) -> generate_pb2.SamplingParams:
         n=params.num_samples,
         logit_bias=dict(params.logit_bias),
     )
+    if params.constraint is not None:
+        _set_constraint(message, params.constraint)
+    return message
 
 
 def _sample_submit(common: engine_pb2.Submit, seed: int) -> engine_pb2.Submit:

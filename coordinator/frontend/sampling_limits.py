@@ -19,6 +19,8 @@ MAX_BAD_WORDS = 16
 MAX_BAD_WORD_CHARS = 64
 MAX_BAD_WORD_IDS = 16
 """Columns of the device table of bad words."""
+MAX_CONSTRAINT_BYTES = 65536
+MAX_CHOICES = 256
 MAX_INT32 = 2**31 - 1
 
 

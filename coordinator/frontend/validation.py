@@ -17,6 +17,8 @@ from coordinator.frontend.sampling_limits import (
     MAX_BAD_WORD_CHARS,
     MAX_BAD_WORDS,
     MAX_BIASED_IDS,
+    MAX_CHOICES,
+    MAX_CONSTRAINT_BYTES,
     MAX_LOGPROBS,
     MAX_PRIORITY,
     MAX_SAMPLES,
@@ -28,15 +30,7 @@ from coordinator.frontend.sampling_limits import (
     Range,
 )
 
-UNSUPPORTED = (
-    "json_schema",
-    "json_object",
-    "regex",
-    "lark_grammar",
-    "choice",
-    "gbnf_grammar",
-    "prompt_logprobs",
-)
+UNSUPPORTED = ("prompt_logprobs",)
 """Fields of the public SamplingParams that are refused when set."""
 
 _Number = TypeVar("_Number", int, float)
@@ -52,6 +46,14 @@ class ModelLimits:
     """Longest prompt + output, in tokens."""
     longest_token_chars: int | None
     """`Tokenizer.longest_token_chars`; None without a tokenizer."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the output must be: the field of the public SamplingParams, and what it holds."""
+
+    kind: str
+    definition: str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class RequestFields:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: Sequence[str] = ()
     include_stop: bool | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class SamplingParams:
     """Pairs of an id and what is added to its logit, by rising id."""
     bad_words: tuple[str, ...] = ()
     include_stop: bool = False
+    constraint: Constraint | None = None
 
     def sample_seed(self, sample_index: int) -> int:
         """The sample's own seed, in signed 64 bits as the noise takes it."""
@@ -168,6 +172,7 @@ def resolve_sampling(
         logit_bias=_logit_bias(fields.logit_bias, limits),
         bad_words=_bad_words(fields.bad_words, limits),
         include_stop=bool(fields.include_stop),
+        constraint=_constraint(fields, limits),
     )
 
 
@@ -293,6 +298,32 @@ def _bad_words(words: Sequence[str], limits: ModelLimits) -> tuple[str, ...]:
             limit = f"1 to {MAX_BAD_WORD_CHARS} characters long"
             raise BadRequest(f"bad_words[{index}]", word, limit)
     return tuple(dict.fromkeys(words))
+
+
+def _constraint(fields: RequestFields, limits: ModelLimits) -> Constraint | None:
+    """Checks sizes; whether the definition makes sense, the grammar process says."""
+    constraint = fields.constraint
+    if constraint is None:
+        return None
+    if limits.longest_token_chars is None:
+        raise TextUnavailable(f"{constraint.kind} needs a tokenizer, and this checkpoint has none")
+    if fields.ignore_eos:
+        limit = f"false with {constraint.kind}, which ends at an end-of-sequence id"
+        raise BadRequest("ignore_eos", True, limit)
+    if isinstance(constraint.definition, tuple):
+        _check_choices(constraint.definition)
+    size = len("".join(constraint.definition).encode())
+    if size > MAX_CONSTRAINT_BYTES:
+        raise BadRequest(f"bytes of {constraint.kind}", size, f"at most {MAX_CONSTRAINT_BYTES}")
+    return constraint
+
+
+def _check_choices(choices: Sequence[str]) -> None:
+    if not 1 <= len(choices) <= MAX_CHOICES:
+        raise BadRequest("number of choice.choices", len(choices), f"1 to {MAX_CHOICES}")
+    for index, choice in enumerate(choices):
+        if not choice:
+            raise BadRequest(f"choice.choices[{index}]", choice, "not empty")
 
 
 def _stop_ids(

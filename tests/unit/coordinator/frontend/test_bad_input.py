@@ -96,6 +96,16 @@ BAD = {
         request(bad_words=["a", "q" * 17]),
         ["bad_words[1]", "qqq", "1 to 16 tokens, not of 17"],
     ),
+    "long schema": (request(json_schema="x" * 65537), ["json_schema", "65537", "65536"]),
+    "no choices": (
+        request(choice=generate_pb2.ChoiceConstraint()),
+        ["choice.choices", "0", "1 to 256"],
+    ),
+    "empty choice": (
+        request(choice=generate_pb2.ChoiceConstraint(choices=["a", ""])),
+        ["choice.choices[1]", "''", "not empty"],
+    ),
+    "endless regex": (request(regex="a", ignore_eos=True), ["ignore_eos", "True", "false"]),
     "long request id": (with_fields(request_id="r" * 257), ["request_id", "1 to 256"]),
     "n 0": (request(n=0), ["n", "0", "at least 1"]),
     "n too large": (request(n=17), ["n", "17", "at most 16"]),
@@ -122,20 +132,7 @@ BAD = {
 }
 
 
-# Each is refused by its name, whatever its value.
-UNSUPPORTED: dict[str, Any] = {
-    "json_schema": "{}",
-    "json_object": True,
-    "regex": "a*",
-    "lark_grammar": "start: /a/",
-    "choice": generate_pb2.ChoiceConstraint(choices=["a"]),
-    "gbnf_grammar": 'root ::= "a"',
-    "prompt_logprobs": 0,
-}
-BAD |= {
-    f"unsupported {name}": (request(**{name: value}), [name, "unset"])
-    for name, value in UNSUPPORTED.items()
-}
+BAD["unsupported"] = (request(prompt_logprobs=0), ["prompt_logprobs", "0", "unset"])
 
 
 def check_refusals(
