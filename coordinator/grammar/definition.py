@@ -1,13 +1,22 @@
 """A request's constraint as a grammar of llguidance."""
 
+from __future__ import annotations
+
 import json
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from protos.lockstep.v1 import generate_pb2
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 _ANY_OBJECT = '{"type": "object"}'
+# As JSON has it, but bounded: small models go on with white space for ever. A schema can say
+# otherwise in its "x-guidance".
+_JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
 
 
 class BadDefinition(ValueError):
@@ -37,7 +46,7 @@ def grammar_of(params: generate_pb2.SamplingParams) -> str:
 
 def _of_schema(schema: str) -> str:
     try:
-        return LLMatcher.grammar_from_json_schema(schema)
+        return LLMatcher.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS)
     except ValueError as error:
         raise BadDefinition(f"not JSON: {error}") from error
 

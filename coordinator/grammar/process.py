@@ -3,10 +3,10 @@
 import asyncio
 import os
 import socket
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from protos.lockstep.v1 import grammar_pb2
 
@@ -71,8 +71,9 @@ class GrammarProcess:
             async with asyncio.timeout(self._start_limit_s) as self._limit:
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
                 with theirs:
-                    process = await asyncio.create_subprocess_exec(
-                        *command(theirs.fileno()), pass_fds=(theirs.fileno(),)
+                    # Not the event loop's way to start one: that forks, beside threads of gRPC.
+                    process = subprocess.Popen(
+                        command(theirs.fileno()), pass_fds=(theirs.fileno(),)
                     )
                 reader, self._writer = await asyncio.open_connection(sock=ours)
                 self._writer.write(b"".join(self._unsent))
@@ -89,9 +90,8 @@ class GrammarProcess:
             if self._writer is not None:
                 self._writer.close()
             if process is not None:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+                process.kill()
+                await asyncio.to_thread(process.wait)
         key = self._unanswered[0] if self._unanswered else 0
         self._take_loss(self, key, problem)
 
