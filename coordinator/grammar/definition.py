@@ -46,9 +46,16 @@ def grammar_of(params: generate_pb2.SamplingParams) -> str:
 
 def _of_schema(schema: str) -> str:
     try:
+        parsed = json.loads(schema)
+        if parsed is True:
+            schema = "{}"
+        elif not isinstance(parsed, dict):
+            raise BadDefinition("a schema must be a JSON object, or true")
         return LLMatcher.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS)
-    except ValueError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise BadDefinition(f"not JSON: {error}") from error
+    except ValueError as error:
+        raise BadDefinition(str(error)) from error
 
 
 def _lark_of_gbnf(text: str) -> str:
