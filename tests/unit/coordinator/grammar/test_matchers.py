@@ -140,6 +140,7 @@ def test_an_output_goes_on_where_it_was_and_beside_others(
         ({"json_schema": '{"enum": []}'}, ["json_schema cannot be used", "Unsatisfiable"]),
         ({"lark_grammar": "start: foo"}, ["lark_grammar cannot be used", "foo"]),
         ({"gbnf_grammar": "root := 1"}, ["gbnf_grammar cannot be used", "Expected ::="]),
+        ({"gbnf_grammar": "root ::= x"}, ["gbnf_grammar cannot be used", "'x' not found"]),
         ({"gbnf_grammar": "root ::= " + "(" * 5000}, ["gbnf_grammar cannot be used"]),
         ({"regex": "ab", "output_ids": packed(5)}, ["output token 1 does not fit"]),
     ],
