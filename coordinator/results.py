@@ -67,6 +67,8 @@ def apply_result(
     ):
         if request.state is RequestState.FINISHED:
             continue
+        if token_id < 0 and not flags and request.constraint is not None:
+            continue  # it waits for its next mask
         if token_id < 0 or flags & _FLAG_NOT_FINITE:
             batch.distrust(request)
             _end_without_token(request, flags, result.step, book)
@@ -87,6 +89,8 @@ def apply_result(
             book.finish(request, generate_pb2.FINISH_REASON_STOP, token_id)
         elif len(request.output_ids) >= request.max_tokens:
             book.finish(request, generate_pb2.FINISH_REASON_LENGTH)
+        elif request.constraint is not None:
+            book.took_token(request, token_id)
     metrics.steps += 1
     metrics.generation_tokens += len(first_delays) + len(gaps)
     metrics.time_to_first_token.observe(first_delays)
@@ -100,6 +104,9 @@ def _end_without_token(request: Request, flags: int, step: int, book: RequestBoo
         )
     number = len(request.output_ids) + 1
     message = f"the logits of output token {number} were not finite"
+    sampling = request.sampling
+    if request.constraint is not None or sampling.bad_words or sampling.logit_bias:
+        message += ", or biases, bad words and constraint together allow no token"
     book.fail(request, grpc.StatusCode.INTERNAL, message)
 
 

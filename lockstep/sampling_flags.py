@@ -27,6 +27,17 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
+    group.add_argument("--include-stop", action="store_true", help="keep the stop text")
+    group.add_argument(
+        "--bad-word", action="append", metavar="TEXT", help="never say this; may be repeated"
+    )
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        metavar="ID=BIAS",
+        help="add to a token's logit; may be repeated",
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end")
 
 
@@ -34,7 +45,17 @@ def sampling_params(options: argparse.Namespace) -> dict[str, Any]:
     """Fields of SamplingParams that were given."""
     names = [*(name.replace("-", "_") for name in _NUMBERS), "stop"]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return given | ({"ignore_eos": True} if options.ignore_eos else {})
+    given |= {name: True for name in ("ignore_eos", "include_stop") if getattr(options, name)}
+    if options.bad_word:
+        given["bad_words"] = options.bad_word
+    if options.logit_bias:
+        given["logit_bias"] = dict(options.logit_bias)
+    return given
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, value = text.partition("=")
+    return int(token_id), float(value)
 
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:

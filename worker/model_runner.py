@@ -20,6 +20,7 @@ from worker.sampling import (
     SlotSampling,
     is_stop,
     mark_chunk,
+    note_outputs,
     sample,
     update_counts,
 )
@@ -170,12 +171,17 @@ class ModelRunner:
             all_greedy=plan.all_greedy,
             with_top_k=plan.with_top_k,
             with_top_p=plan.with_top_p,
+            with_bias=plan.with_bias,
+            with_bad_words=plan.with_bad_words,
+            with_mask=plan.with_mask,
         )
         emits = active & sampled.finite
         stops = emits & is_stop(self.sampling, slots, sampled.token_ids)
         bad = active & ~sampled.finite
         if plan.with_penalties:
             update_counts(self.sampling, slots, sampled.token_ids, emits)
+        if plan.with_bad_words:
+            note_outputs(self.sampling.choices, slots, sampled.token_ids, emits)
         token_ids = sampled.token_ids.int()
         # Padding rows all write the dummy slot, and all write the values that it has.
         tables.last_token[slots] = torch.where(emits, token_ids, tables.last_token[slots])

@@ -16,6 +16,8 @@ from worker.errors import CommandRefused
 from worker.sampling_params import SlotParams
 from worker.slot_opening import (
     Int32Array,
+    UInt8Array,
+    allowed_bits,
     cached_token_ids,
     check_lengths,
     slot_params,
@@ -85,6 +87,7 @@ class AppliedDelta:
     limits: list[tuple[int, int]] = field(default_factory=list)  # slot, limit
     rows: list[tuple[int, int]] = field(default_factory=list)  # row, slot
     chunks: list[Chunk] = field(default_factory=list)
+    masks: list[tuple[int, UInt8Array]] = field(default_factory=list)  # slot, bit per id
 
 
 class BatchTables:
@@ -114,6 +117,8 @@ class BatchTables:
             self._raise_limit(int(slot), int(limit), applied)
         self._change_rows(delta, applied)
         self._take_chunks(delta, applied)
+        for mask in delta.masks:
+            self._take_mask(mask, applied)
         return applied
 
     def digest(self) -> bytes:
@@ -228,6 +233,12 @@ class BatchTables:
                 f"{self.num_rows} rows and {taken} chunk tokens are above max_batch_tokens"
                 f" {self.limits.max_batch_tokens}"
             )
+
+    def _take_mask(self, mask: worker_pb2.SlotMask, applied: AppliedDelta) -> None:
+        seq = self._sequence(mask.slot, "masks")
+        if not seq.params.is_constrained:
+            raise CommandRefused(f"slot {mask.slot} is not constrained, but gets a mask")
+        applied.masks.append((mask.slot, allowed_bits(mask, self.limits.vocab_size)))
 
     def _sequence(self, slot: int, where: str) -> Sequence:
         seq = self.sequences.get(slot)

@@ -15,6 +15,7 @@ _EVERY_PLAN = (
     SamplePlan(SampleVariant.LOCAL_BEST, with_penalties=True, with_logprobs=True),
     SamplePlan(SampleVariant.TOP_CANDIDATES, with_penalties=True, with_logprobs=True),
     SamplePlan(SampleVariant.THRESHOLD, with_penalties=True, with_logprobs=True),
+    SamplePlan(with_bias=True, with_bad_words=True, with_mask=True),
 )
 
 

@@ -5,19 +5,21 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from coordinator.errors import BadRequest
 from coordinator.frontend.availability import Availability
+from coordinator.frontend.bad_words import bad_word_ids
 from coordinator.frontend.chat_template import encode_chat
 from coordinator.frontend.checkpoint_text import CheckpointText
 from coordinator.frontend.output_assembler import OutputAssembler
 from coordinator.frontend.output_stream import OutputStream
 from coordinator.frontend.sampling_limits import MAX_STOP_IDS
 from coordinator.frontend.validation import (
+    Constraint,
     ModelLimits,
     RequestFields,
     SamplingParams,
@@ -26,6 +28,7 @@ from coordinator.frontend.validation import (
     check_text,
     check_text_length,
     check_token_ids,
+    refuse_unsupported,
     resolve_sampling,
 )
 from protos.lockstep.v1 import engine_pb2, generate_pb2
@@ -98,6 +101,7 @@ class RequestPreparer:
             tenant=request.tenant,
             use_prefix_cache=not request.HasField("use_prefix_cache") or request.use_prefix_cache,
             deadline=clock.deadline,
+            bad_words=await self._bad_words(params.bad_words),
         )
         outputs = [
             OutputStream(self._assembler(params, resumed.tolist()), len(prompt), index)
@@ -121,8 +125,16 @@ class RequestPreparer:
             stops=params.stop,
             stop_ids=params.stop_ids,
             min_tokens=params.min_tokens,
+            include_stop=params.include_stop,
             resume_output_ids=resumed,
         )
+
+    async def _bad_words(self, words: Sequence[str]) -> list[bytes]:
+        if not words:
+            return []
+        tokenizer = self._text.require_tokenizer()
+        sequences = await self._off_loop(lambda: bad_word_ids(tokenizer, words))
+        return [_packed(np.asarray(ids)) for ids in sequences]
 
     def _limits(self) -> ModelLimits:
         tokenizer = self._text.tokenizer
@@ -188,13 +200,36 @@ def _request_fields(params: generate_pb2.SamplingParams) -> RequestFields:
     num_stop_ids = len(params.stop_token_ids)
     if num_stop_ids > MAX_STOP_IDS:
         raise BadRequest("number of stop_token_ids", num_stop_ids, f"at most {MAX_STOP_IDS}")
-    present = {field.name: value for field, value in params.ListFields()}
+    present: dict[str, Any] = {field.name: value for field, value in params.ListFields()}
+    refuse_unsupported(present)
+    kind = params.WhichOneof("constraint")
+    if kind is not None:
+        present["constraint"] = _constraint(kind, present.pop(kind))
     return RequestFields(**present)
 
 
+def _constraint(kind: str, value: Any) -> Constraint | None:
+    match kind:
+        case "json_object":
+            return Constraint(kind, "") if value else None
+        case "choice":
+            return Constraint(kind, tuple(value.choices))
+    return Constraint(kind, value)
+
+
+def _set_constraint(params: generate_pb2.SamplingParams, constraint: Constraint) -> None:
+    match constraint.kind:
+        case "json_object":
+            params.json_object = True
+        case "choice":
+            params.choice.choices.extend(constraint.definition)
+        case kind:
+            setattr(params, kind, constraint.definition)
+
+
 def _resolved_message(params: SamplingParams) -> generate_pb2.SamplingParams:
-    """Every field set; stop texts stay here, stop ids travel beside."""
-    return generate_pb2.SamplingParams(
+    """Every field set; stop texts stay here, stop ids and bad words travel beside."""
+    message = generate_pb2.SamplingParams(
         temperature=params.temperature,
         top_p=params.top_p,
         top_k=params.top_k,
@@ -208,7 +243,11 @@ def _resolved_message(params: SamplingParams) -> generate_pb2.SamplingParams:
         ignore_eos=params.ignore_eos,
         logprobs=params.num_logprobs,
         n=params.num_samples,
+        logit_bias=dict(params.logit_bias),
     )
+    if params.constraint is not None:
+        _set_constraint(message, params.constraint)
+    return message
 
 
 def _sample_submit(common: engine_pb2.Submit, seed: int) -> engine_pb2.Submit:

@@ -35,6 +35,8 @@ class _Slot:
     token_ids: list[int] = field(default_factory=list)
     position: int = 0
     is_stopped: bool = False
+    is_constrained: bool = False
+    mask: set[int] | None = None  # of the next token alone
 
 
 class Refusal(Exception):
@@ -76,6 +78,9 @@ class FakeTables:
             slot = self._slots[number]
             require(limit >= slot.limit, "a limit falls")
             slot.limit = limit
+        for mask in delta.masks:
+            require(self._slots[mask.slot].is_constrained, "a mask for a slot without constraint")
+            self._slots[mask.slot].mask = allowed_ids(mask)
         for row, number in unpack(delta.row_changes, 2):
             self._rows.pop(row, None)
             if number:
@@ -100,6 +105,7 @@ class FakeTables:
             opening.logprob_count,
             opening.cached_len,
             self._cached_token_ids(opening, block_ids),
+            is_constrained=opening.is_constrained,
         )
 
     def _cached_token_ids(self, opening: worker_pb2.SlotOpen, block_ids: list[int]) -> list[int]:
@@ -239,12 +245,28 @@ class FakeTables:
         if token == self._settings.not_finite_token:
             slot.is_stopped = True
             return -1, FLAG_NOT_FINITE
+        if slot.is_constrained:
+            assert slot.mask, "a token without a mask of its own"
+            token = token if token in slot.mask else min(slot.mask)
+            slot.mask = None
         slot.token_ids.append(token)
         num_output = len(slot.token_ids) - slot.prompt_len
         if token in slot.stop_ids and num_output > slot.min_tokens:
             slot.is_stopped = True
             return token, FLAG_STOP
         return token, 0
+
+
+def allowed_ids(mask: worker_pb2.SlotMask) -> set[int]:
+    """What either form allows."""
+    if mask.WhichOneof("allowed") == "ids":
+        return {token_id for (token_id,) in unpack(mask.ids, 1)}
+    return {
+        8 * index + bit
+        for index, byte in enumerate(mask.bits)
+        for bit in range(8)
+        if byte >> bit & 1
+    }
 
 
 def unpack(packed: bytes, width: int) -> list[tuple[int, ...]]:

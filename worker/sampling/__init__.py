@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from worker.sampling.counts import add_outputs, mark_chunk, mark_prompt, update_counts
+from worker.sampling.exclusions import note_outputs
 from worker.sampling.sampler import SampleOutput, sample
 from worker.sampling.tables import SlotSampling, is_stop
 from worker.sampling_params import (
@@ -26,6 +27,7 @@ __all__ = [
     "is_stop",
     "mark_chunk",
     "mark_prompt",
+    "note_outputs",
     "plan_sample",
     "sample",
     "update_counts",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protos.lockstep.v1.worker_pb2 import SlotOpen, StepCommand, TableDelta
+from protos.lockstep.v1.worker_pb2 import SlotMask, SlotOpen, StepCommand, TableDelta
 from worker.errors import CommandRefused
 from worker.tables import BatchTables, CommandFence, TableLimits
 
@@ -105,6 +105,37 @@ def test_cached_prefix_starts_the_chunks_behind_it_and_counts_its_tokens() -> No
     assert tables.sequences[3].is_decoding
 
 
+def constrained(slot: int, mask: SlotMask) -> TableDelta:
+    mask.slot = slot
+    return TableDelta(opened_slots=[opening(slot, is_constrained=True)], masks=[mask], row_count=2)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [SlotMask(ids=packed(0, 9, 99)), SlotMask(bits=bytes([1, 2] + [0] * 10 + [8]))],
+    ids=["ids", "bits"],
+)
+def test_both_forms_of_a_mask_give_a_bit_per_id(mask: SlotMask) -> None:
+    [(slot, bits)] = decoding_tables().apply(constrained(3, mask)).masks
+    assert slot == 3
+    assert np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist() == [0, 9, 99]
+
+
+def test_biases_and_bad_words_reach_the_sampler() -> None:
+    values = np.array([0.5, -100.0], "<f4").tobytes()
+    opened = opening(
+        3,
+        bias_ids=packed(4, 90),
+        bias_values=values,
+        bad_words=[packed(1), packed(2, 3)],
+        recent_output_ids=packed(8, 2),
+    )
+    applied = decoding_tables().apply(TableDelta(opened_slots=[opened], row_count=2))
+    params = applied.opened[0].params
+    assert params.logit_bias == ((4, 0.5), (90, -100.0))
+    assert params.bad_words == ((1,), (2, 3)) and params.recent_ids == (8, 2)
+
+
 REFUSED: dict[str, Callable[[], TableDelta]] = {
     "slot 0 is not in 1..4": lambda: TableDelta(opened_slots=[opening(0)]),
     "slot 5 is not in 1..4": lambda: TableDelta(opened_slots=[opening(5)]),
@@ -155,6 +186,31 @@ REFUSED: dict[str, Callable[[], TableDelta]] = {
         opened_slots=[opening(3, limit=13, block_ids=packed(5, 6, 7, 8))]
     ),
     "temperature is nan": lambda: TableDelta(opened_slots=[opening(3, temperature=float("nan"))]),
+    "a mask names no ids": lambda: constrained(3, SlotMask()),
+    "a mask's id is not in 0..99": lambda: constrained(3, SlotMask(ids=packed(100))),
+    "a mask of 12 bytes is not one of 100 bits": lambda: constrained(3, SlotMask(bits=bytes(12))),
+    "a mask of 13 bytes is not": lambda: constrained(3, SlotMask(bits=bytes(12) + b"\x10")),
+    "slot 1 is not constrained": lambda: TableDelta(masks=[SlotMask(slot=1, ids=packed(1))]),
+    "slot 4, which is not open": lambda: TableDelta(masks=[SlotMask(slot=4, ids=packed(1))]),
+    "bias_values has 4 bytes for 2 bias_ids": lambda: TableDelta(
+        opened_slots=[opening(3, bias_ids=packed(1, 2), bias_values=bytes(4))]
+    ),
+    "at most 300 ids": lambda: TableDelta(
+        opened_slots=[opening(3, bias_ids=packed(*range(301)), bias_values=bytes(4 * 301))]
+    ),
+    "of different ids": lambda: TableDelta(
+        opened_slots=[opening(3, bias_ids=packed(1, 1), bias_values=bytes(8))]
+    ),
+    "logit_bias.1. is nan": lambda: TableDelta(
+        opened_slots=[opening(3, bias_ids=packed(1), bias_values=b"\0\0\xc0\x7f")]
+    ),
+    "bad_words is 33": lambda: TableDelta(opened_slots=[opening(3, bad_words=[packed(1)] * 33)]),
+    "a bad word is \\(\\), must be 1 to 16": lambda: TableDelta(
+        opened_slots=[opening(3, bad_words=[b""])]
+    ),
+    "recent_ids is": lambda: TableDelta(
+        opened_slots=[opening(3, recent_output_ids=packed(*range(16)))]
+    ),
     "still in prefill": lambda: TableDelta(
         opened_slots=[opening(3)], row_changes=packed(2, 3), row_count=3
     ),

@@ -83,6 +83,29 @@ BAD = {
     "long stop": (request(stop=["x" * 257]), ["stop[0]", "1 to 256"]),
     "many stop ids": (request(stop_token_ids=range(17)), ["stop_token_ids", "17", "at most 16"]),
     "unknown stop id": (request(stop_token_ids=[9999]), ["stop_token_ids[0]", "9999", "511"]),
+    "NaN bias": (request(logit_bias={1: math.nan}), ["logit_bias[1]", "nan", "at most 100"]),
+    "large bias": (request(logit_bias={1: -101}), ["logit_bias[1]", "-101", "at least -100"]),
+    "bias of an unknown id": (request(logit_bias={512: 1}), ["id in logit_bias", "512", "511"]),
+    "many biases": (
+        request(logit_bias={token: 1.0 for token in range(301)}),
+        ["logit_bias", "301", "at most 300"],
+    ),
+    "many bad words": (request(bad_words=["x"] * 17), ["bad_words", "17", "at most 16"]),
+    "empty bad word": (request(bad_words=[""]), ["bad_words[0]", "''", "1 to 64"]),
+    "bad word of many tokens": (
+        request(bad_words=["a", "q" * 17]),
+        ["bad_words[1]", "qqq", "1 to 16 tokens, not of 17"],
+    ),
+    "long schema": (request(json_schema="x" * 65537), ["json_schema", "65537", "65536"]),
+    "no choices": (
+        request(choice=generate_pb2.ChoiceConstraint()),
+        ["choice.choices", "0", "1 to 256"],
+    ),
+    "empty choice": (
+        request(choice=generate_pb2.ChoiceConstraint(choices=["a", ""])),
+        ["choice.choices[1]", "''", "not empty"],
+    ),
+    "endless regex": (request(regex="a", ignore_eos=True), ["ignore_eos", "True", "false"]),
     "long request id": (with_fields(request_id="r" * 257), ["request_id", "1 to 256"]),
     "n 0": (request(n=0), ["n", "0", "at least 1"]),
     "n too large": (request(n=17), ["n", "17", "at most 16"]),
@@ -107,6 +130,9 @@ BAD = {
         ["resume_output_ids", "65", "64"],
     ),
 }
+
+
+BAD["unsupported"] = (request(prompt_logprobs=0), ["prompt_logprobs", "0", "unset"])
 
 
 def check_refusals(
