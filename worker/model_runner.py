@@ -12,22 +12,21 @@ from tpcomm import Communicator
 from worker.chunk_tokens import ChunkShape, ChunkTokens, pack_chunks, view_chunks
 from worker.device_tables import DeviceTables, upload
 from worker.forward_batch import ForwardBatch
+from worker.kernels.advance import advance
 from worker.kv_cache import KvCache
 from worker.models.transformer import Transformer
+from worker.ops import Ops
 from worker.sampling import (
-    SampleOutput,
     SamplePlan,
+    SampleVariant,
     SlotSampling,
-    is_stop,
+    best_records,
     mark_chunk,
     note_outputs,
     sample,
     update_counts,
 )
-from worker.tables import DUMMY_SLOT, Chunk
-
-FLAG_STOP = 1
-FLAG_NOT_FINITE = 2
+from worker.tables import Chunk
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class ModelRunner:
     tables: DeviceTables
     sampling: SlotSampling
     comm: Communicator
+    ops: Ops
 
     def decode_forward(self, num_rows: int) -> Tensor:
         """Logits fp32 [num_rows, padded_vocab] of rows 0..num_rows-1; writes their K and V."""
@@ -69,8 +69,8 @@ class ModelRunner:
 
     def decode_choose(self, logits: Tensor, plan: SamplePlan) -> StepTensors:
         """Samples and advances the rows of `decode_forward`'s `logits`."""
-        slots = self.tables.row_slots[: logits.shape[0]].long()
-        return self._choose(logits, slots, plan)
+        rows = self.ops.row_inputs(self.tables, logits.shape[0])
+        return self._choose(logits, rows.slots, rows.next_positions, plan)
 
     def decode_step(self, num_rows: int, plan: SamplePlan) -> StepTensors:
         """One step over rows 0..num_rows-1, without a graph."""
@@ -97,7 +97,8 @@ class ModelRunner:
     ) -> StepTensors:
         """Samples and advances the rows and the final chunks of `mixed_forward`'s `logits`."""
         rows = self.tables.row_slots[:num_rows].long()
-        return self._choose(logits, torch.cat([rows, tokens.final_slots]), plan)
+        slots = torch.cat([rows, tokens.final_slots])
+        return self._choose(logits, slots, self.tables.position[slots].long() + 1, plan)
 
     def mark_counts(self, chunks: Seq[Chunk]) -> None:
         """Notes the chunks' tokens for those sequences whose penalties will ask for them."""
@@ -113,23 +114,15 @@ class ModelRunner:
                 )
 
     def _decode_batch(self, num_rows: int) -> ForwardBatch:
-        tables = self.tables
-        slots = tables.row_slots[:num_rows].long()
-        positions = tables.position[slots].long()
-        active = self._active(slots, positions)
-        # An inert row may stand one past its blocks and the rope table: it computes position 0.
-        positions = torch.where(active, positions, 0)
-        block_ids = torch.where(
-            active, tables.block_table[slots, positions // tables.block_size], 0
-        )
+        rows = self.ops.row_inputs(self.tables, num_rows)
         return ForwardBatch(
-            token_ids=tables.last_token[slots].long(),
-            positions=positions,
-            slot_mapping=block_ids * tables.block_size + positions % tables.block_size,
+            token_ids=rows.token_ids,
+            positions=rows.positions,
+            slot_mapping=rows.slot_mapping,
             num_decode_rows=num_rows,
-            decode_slots=torch.where(active, slots, DUMMY_SLOT),
-            decode_lens=(positions + 1).int(),
-            block_table=tables.block_table,
+            decode_slots=rows.decode_slots,
+            decode_lens=rows.decode_lens,
+            block_table=self.tables.block_table,
             chunks=None,
             logit_rows=None,
         )
@@ -149,50 +142,41 @@ class ModelRunner:
             logit_rows=torch.cat([row_tokens, tokens.final_tokens + num_rows]),
         )
 
-    def _active(self, slots: Tensor, positions: Tensor) -> Tensor:
-        below = positions < self.tables.limit[slots]
-        return below & (self.tables.stopped[slots] == 0)
-
-    def _choose(self, logits: Tensor, slots: Tensor, plan: SamplePlan) -> StepTensors:
+    def _choose(
+        self, logits: Tensor, slots: Tensor, next_positions: Tensor, plan: SamplePlan
+    ) -> StepTensors:
         """Samples one token per slot and advances the slots that are not inert."""
-        tables = self.tables
-        positions = tables.position[slots].long()
-        active = self._active(slots, positions)
-        sampled = sample(
-            logits,
-            slots,
-            positions + 1,
-            self.sampling,
-            self.comm,
-            self.sampling.vocab_start,
-            plan.variant,
-            plan.with_penalties,
-            plan.with_logprobs,
-            all_greedy=plan.all_greedy,
-            with_top_k=plan.with_top_k,
-            with_top_p=plan.with_top_p,
-            with_bias=plan.with_bias,
-            with_bad_words=plan.with_bad_words,
-            with_mask=plan.with_mask,
-        )
-        emits = active & sampled.finite
-        stops = emits & is_stop(self.sampling, slots, sampled.token_ids)
-        bad = active & ~sampled.finite
+        tables, sampling, comm = self.tables, self.sampling, self.comm
+        logprobs = top_ids = top_logprobs = None
+        if plan.variant is SampleVariant.LOCAL_BEST and not plan.with_logprobs:
+            records = best_records(logits, slots, next_positions, sampling, comm, plan)
+            advanced = self.ops.advance_best(records, slots, tables, sampling)
+        else:
+            sampled = sample(
+                logits,
+                slots,
+                next_positions,
+                sampling,
+                comm,
+                sampling.vocab_start,
+                plan.variant,
+                plan.with_penalties,
+                plan.with_logprobs,
+                all_greedy=plan.all_greedy,
+                with_top_k=plan.with_top_k,
+                with_top_p=plan.with_top_p,
+                with_bias=plan.with_bias,
+                with_bad_words=plan.with_bad_words,
+                with_mask=plan.with_mask,
+            )
+            logprobs, top_ids = sampled.logprobs, sampled.top_ids
+            top_logprobs = sampled.top_logprobs
+            advanced = advance(sampled.token_ids, sampled.finite, slots, tables, sampling)
         if plan.with_penalties:
-            update_counts(self.sampling, slots, sampled.token_ids, emits)
+            update_counts(sampling, slots, advanced.token_ids.long(), advanced.emits)
         if plan.with_bad_words:
-            note_outputs(self.sampling.choices, slots, sampled.token_ids, emits)
-        token_ids = sampled.token_ids.int()
-        # Padding rows all write the dummy slot, and all write the values that it has.
-        tables.last_token[slots] = torch.where(emits, token_ids, tables.last_token[slots])
-        tables.position[slots] = (positions + emits).int()
-        tables.stopped[slots] = tables.stopped[slots] | (stops | bad).int()
-        flags = stops.to(torch.uint8) * FLAG_STOP + bad.to(torch.uint8) * FLAG_NOT_FINITE
-        return _step_tensors(torch.where(emits, token_ids, -1), flags, sampled)
-
-
-def _step_tensors(token_ids: Tensor, flags: Tensor, sampled: SampleOutput) -> StepTensors:
-    return StepTensors(token_ids, flags, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
+            note_outputs(sampling.choices, slots, advanced.token_ids.long(), advanced.emits)
+        return StepTensors(advanced.token_ids, advanced.flags, logprobs, top_ids, top_logprobs)
 
 
 def empty_step(device: torch.device) -> StepTensors:

@@ -9,17 +9,22 @@ from typing import Protocol
 from torch import Tensor
 
 from worker.cpu_packing import packed_linear
+from worker.device_tables import DeviceTables
 from worker.forward_batch import PrefillChunks
 from worker.kernels import (
+    advance,
     decode_attention,
     embedding,
     linear,
     norm,
     prefill_attention,
     qk_norm_rope_store,
+    row_inputs,
     silu_mul,
 )
 from worker.kernels.triton_language import require_triton
+from worker.sampling.record import BestRecord
+from worker.sampling.tables import SlotSampling
 
 
 class QkNormRopeStore(Protocol):
@@ -81,6 +86,8 @@ class Ops:
     silu_mul: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     embedding: Callable[[Tensor, Tensor, int, int], Tensor]
+    row_inputs: Callable[[DeviceTables, int], row_inputs.RowInputs]
+    advance_best: Callable[[BestRecord, Tensor, DeviceTables, SlotSampling], advance.Advanced]
 
 
 def cpu_ops() -> Ops:
@@ -94,6 +101,8 @@ def cpu_ops() -> Ops:
         silu_mul=silu_mul.silu_mul_reference,
         linear=packed_linear,
         embedding=embedding.embedding_reference,
+        row_inputs=row_inputs.row_inputs_reference,
+        advance_best=advance.advance_best_reference,
     )
 
 
@@ -109,4 +118,6 @@ def cuda_ops() -> Ops:
         silu_mul=silu_mul.silu_mul,
         linear=linear.linear,
         embedding=embedding.embedding,
+        row_inputs=row_inputs.row_inputs,
+        advance_best=advance.advance_best,
     )

@@ -239,6 +239,7 @@ class Rank:
                 config.max_num_seqs + 1, shard.padded_vocab, shard.vocab_start, self.device
             ),
             comm=comm,
+            ops=ops,
         )
 
     def _most_blocks(self, layout: KvLayout, config: worker_pb2.EngineConfig) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.helpers.kernel_checks import HEAD_SHAPES, HeadShape, KernelChecks
 from tests.helpers.paged_cache import PagedCache, make_chunks
+from tests.helpers.step_kernel_checks import check_advance_best, check_row_inputs
 from worker.kernels.decode_attention import (
     _decode_attention_kernel,
     decode_attention,
@@ -91,6 +92,12 @@ def test_prefill_attention_equals_its_reference_over_a_poisoned_cache(
     checks.prefill_attention(heads, block_size, (0,), (1,))
     checks.prefill_attention(heads, block_size, (0, 70, 0, 3), (200, 3, 0, 64), num_padding=9)
     checks.prefill_attention(heads, block_size, (500,), (130,))
+
+
+def test_the_kernels_that_begin_and_end_a_step_equal_their_references(ops: Ops) -> None:
+    check_row_inputs(ops, torch.device("cuda"))
+    for world_size in (1, 2, 4):
+        check_advance_best(ops, torch.device("cuda"), world_size)
 
 
 def test_results_repeat_bit_for_bit(ops: Ops) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from worker.device_tables import DeviceTables
 from worker.kernels.triton_language import jit, tl
+from worker.sampling.local_best import winning_rank
 from worker.sampling.record import RECORD_WORDS, BestRecord
 from worker.sampling.tables import ROW_WORDS, STOP_IDS_WORD, SlotSampling
 from worker.sampling_params import MAX_STOP_IDS
@@ -51,12 +52,9 @@ def advance(
 
 
 def best_token(records: BestRecord) -> tuple[Tensor, Tensor]:
-    """Token int64 [N] and whether it is one, bool [N], of gathered records [world_size, N].
-
-    Equal values go to the lowest rank, which holds the lowest ids.
-    """
-    winner = records.value.argmax(dim=0, keepdim=True)
-    return records.token_id.gather(0, winner)[0].long(), records.value.amax(dim=0).isfinite()
+    """Token int64 [N] and whether it is one, bool [N], of gathered records [world_size, N]."""
+    token_ids = records.token_id.gather(0, winning_rank(records))[0].long()
+    return token_ids, records.value.amax(dim=0).isfinite()
 
 
 def advance_best_reference(

@@ -111,6 +111,4 @@ def row_inputs(tables: DeviceTables, num_rows: int) -> RowInputs:
         num_warps=4,
     )
     slots, token_ids, positions, slot_mapping, decode_slots, next_positions = columns.unbind()
-    return RowInputs(
-        slots, token_ids, positions, slot_mapping, decode_slots, lens, next_positions
-    )
+    return RowInputs(slots, token_ids, positions, slot_mapping, decode_slots, lens, next_positions)

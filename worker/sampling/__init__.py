@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from worker.sampling.counts import add_outputs, mark_chunk, mark_prompt, update_counts
 from worker.sampling.exclusions import note_outputs
-from worker.sampling.sampler import SampleOutput, sample
-from worker.sampling.tables import SlotSampling, is_stop
+from worker.sampling.sampler import SampleOutput, best_records, sample
+from worker.sampling.tables import SlotSampling
 from worker.sampling_params import (
     MAX_ALTERNATIVES,
     MAX_STOP_IDS,
@@ -24,7 +24,7 @@ __all__ = [
     "SlotParams",
     "SlotSampling",
     "add_outputs",
-    "is_stop",
+    "best_records",
     "mark_chunk",
     "mark_prompt",
     "note_outputs",

@@ -75,7 +75,6 @@ def local_best(
     slots: Tensor,
     positions: Tensor,
     tables: SlotSampling,
-    rows: RowParams,
     *,
     bounds: Bounds | None = None,
     all_greedy: bool = False,
@@ -92,6 +91,7 @@ def local_best(
             logits, raw, slots, positions, tables, bounds, all_greedy, with_stats
         )
         return BestRecord(packed)
+    rows = tables.rows(slots)
     scaled = scale_logits(logits, rows, all_greedy)
     return best_reference(
         scaled, raw, rows, positions, tables.vocab_start, bounds, all_greedy, with_stats

@@ -20,7 +20,7 @@ from worker.sampling.local_best import local_best, log_normalizer, scale_logits,
 from worker.sampling.penalties import apply_penalties
 from worker.sampling.record import BestRecord, Bounds
 from worker.sampling.tables import RowParams, SlotSampling
-from worker.sampling_params import SampleVariant
+from worker.sampling_params import SamplePlan, SampleVariant
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ class _Step:
             self.slots,
             self.positions,
             self.tables,
-            self.rows,
             bounds=bounds,
             all_greedy=self.all_greedy,
             with_stats=self.with_logprobs,
@@ -129,6 +128,28 @@ def sample(
     keys = comm.all_gather(local_alternatives(logits, vocab_start))
     top_ids, top_logprobs = merge_alternatives(keys, normalizer)
     return SampleOutput(token_ids, choice.finite, logprobs, top_ids, top_logprobs)
+
+
+def best_records(
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    tables: SlotSampling,
+    comm: Communicator,
+    plan: SamplePlan,
+) -> BestRecord:
+    """Every rank's record [world_size, N], the best of which is the sampled token.
+
+    For plans of LOCAL_BEST without logprobs; otherwise as `sample`. Collective.
+    """
+    assert plan.variant is SampleVariant.LOCAL_BEST and not plan.with_logprobs
+    altered = restrict(
+        logits, slots, tables.choices, plan.with_bias, plan.with_bad_words, plan.with_mask
+    )
+    if plan.with_penalties:
+        altered = apply_penalties(altered, slots, positions, tables)
+    best = local_best(altered, logits, slots, positions, tables, all_greedy=plan.all_greedy)
+    return BestRecord(comm.all_gather(best.packed))
 
 
 def _choose_local_best(step: _Step) -> _Choice:

@@ -202,9 +202,3 @@ def _pack_row(row: SlotParams) -> bytes:
         -1 if row.num_logprobs is None else row.num_logprobs,
         *stop_ids,
     )
-
-
-def is_stop(tables: SlotSampling, slots: Tensor, token_ids: Tensor) -> Tensor:
-    """bool [N]: whether each of `token_ids` int64 [N] is a stop id of its slot."""
-    stop_ids = tables.rows(slots).stop_ids
-    return (stop_ids == token_ids[:, None]).any(dim=1)

@@ -20,7 +20,7 @@ from worker.chunk_tokens import ChunkShape, pack_chunks, view_chunks
 from worker.config import WorkerConfig
 from worker.errors import CommandRefused
 from worker.executor import StepExecutor
-from worker.model_runner import FLAG_NOT_FINITE, FLAG_STOP
+from worker.kernels.advance import FLAG_NOT_FINITE, FLAG_STOP
 from worker.models.spec import load_model_spec
 from worker.rank import Rank
 from worker.sampling_params import SlotParams

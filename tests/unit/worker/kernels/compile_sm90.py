@@ -17,15 +17,20 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from tests.helpers.kernel_checks import HeadShape
+from worker.device_tables import DeviceTables
 from worker.forward_batch import PrefillChunks
 from worker.kernels import (
+    advance,
     decode_attention,
     embedding,
     norm,
     prefill_attention,
     qk_norm_rope_store,
+    row_inputs,
     silu_mul,
 )
+from worker.sampling import SlotSampling
+from worker.sampling.record import RECORD_WORDS, BestRecord
 
 
 class HopperDriver:
@@ -104,6 +109,15 @@ def compile_attention(dtype: torch.dtype, heads: HeadShape, block_size: int) -> 
     prefill_attention.prefill_attention(q, k_cache, v_cache, table, chunks, *tail)
 
 
+def compile_step() -> None:
+    meta = torch.device("meta")
+    tables, sampling = DeviceTables(9, 512, 16, meta), SlotSampling(10, 1000, 0, meta)
+    slots = row_inputs.row_inputs(tables, 4).slots
+    for world_size in (1, 4):
+        records = BestRecord(_empty(torch.int32, world_size, 4, RECORD_WORDS))
+        advance.advance_best(records, slots, tables, sampling)
+
+
 def main() -> None:
     driver.set_active(HopperDriver())
     for module, name in (
@@ -114,8 +128,11 @@ def main() -> None:
         (decode_attention, "_decode_attention_kernel"),
         (decode_attention, "_join_splits_kernel"),
         (prefill_attention, "_prefill_attention_kernel"),
+        (row_inputs, "_row_inputs_kernel"),
+        (advance, "_advance_best_kernel"),
     ):
         _stand_in(module, name)
+    compile_step()
     compile_elementwise(torch.bfloat16)
     compile_elementwise(torch.float32)
     compile_attention(torch.float16, HeadShape(9, 3, 3, 0, 64), 16)

@@ -15,6 +15,7 @@ import torch
 from triton.runtime import interpreter
 
 from tests.helpers.kernel_checks import HEAD_SHAPES, KernelChecks
+from tests.helpers.step_kernel_checks import check_advance_best, check_row_inputs
 from worker.kernels.decode_attention import decode_attention
 from worker.ops import cuda_ops
 
@@ -33,6 +34,9 @@ def allow_numpy_2_4() -> None:
 def main() -> None:
     allow_numpy_2_4()
     torch.set_num_threads(1)
+    check_row_inputs(cuda_ops(), torch.device("cpu"))
+    for world_size in (1, 2, 4):
+        check_advance_best(cuda_ops(), torch.device("cpu"), world_size)
     for dtype, num_shapes in ((torch.float32, len(HEAD_SHAPES)), (torch.float16, 2)):
         checks = KernelChecks(cuda_ops(), torch.device("cpu"), dtype)
         checks.norm(3, 576)

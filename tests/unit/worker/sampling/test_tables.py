@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from worker.sampling import SlotParams, SlotSampling, add_outputs, is_stop
+from worker.sampling import SlotParams, SlotSampling, add_outputs
 from worker.sampling_params import MIN_TEMPERATURE
 
 CPU = torch.device("cpu")
@@ -72,17 +72,3 @@ def test_no_rows_change_nothing() -> None:
     before = tables.packed.clone()
     tables.set_rows([], [])
     assert torch.equal(tables.packed, before)
-
-
-def test_stop_ids_are_those_of_the_row_s_slot() -> None:
-    tables = SlotSampling(3, 64, 0, CPU)
-    tables.set_rows([1, 2], [SlotParams(stop_ids=(7, 0)), SlotParams(stop_ids=(8,))])
-    slots = torch.tensor([1, 1, 1, 2, 2, 0])
-    assert is_stop(tables, slots, torch.tensor([7, 0, 8, 7, 8, 0])).tolist() == [
-        True,
-        True,
-        False,
-        False,
-        True,
-        False,
-    ]
