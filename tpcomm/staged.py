@@ -5,21 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tpcomm.communicator import ReduceOp, check_layout, check_reducible
+from tpcomm import norm_kernel, size_table
+from tpcomm.communicator import ReduceOp, check_layout, check_reducible, gather_output
 from tpcomm.cuda_driver import load_cuda_driver
 from tpcomm.errors import CommError, CommTimeout
 from tpcomm.nccl import NcclCommunicator
 from tpcomm.nccl_api import Nccl
+from tpcomm.norm_kernel import AddRmsNorm
 from tpcomm.paths import CommPath
+from tpcomm.size_table import SizeTable, unmeasured_table
 from tpcomm.staging import Staging, host_identity
 
 
 class StagedCommunicator(NcclCommunicator):
-    """all_reduce of at most `staging_bytes` goes through staging memory, larger ones to NCCL.
+    """Messages of at most `staging_bytes` go through staging memory where `table` says so.
 
     Every rank takes the same way: whether staging is there is agreed by NCCL when the group
-    forms, and nothing but `preflight`, which agrees too, changes it later. `staging_absent` says
-    why it is not used.
+    forms, and nothing but `preflight`, which agrees too, changes it or the table later.
+    `staging_absent` says why it is not used.
     """
 
     def __init__(
@@ -36,17 +39,59 @@ class StagedCommunicator(NcclCommunicator):
         super().__init__(nccl, unique_id, rank, world_size, device, timeout_s)
         self.staging_absent = ""
         self._staging: Staging | None = None
+        self.table = SizeTable(())
         self._form_staging(staging_bytes, name)
+
+    @property
+    def staging(self) -> Staging | None:
+        """The staging memory, for who calls its kernels by themselves; None where it is off."""
+        return self._staging
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
         staging = self._staging
-        if staging is None or not 0 < tensor.nbytes <= staging.limit_bytes:
+        path = self.table.path(size_table.ALL_REDUCE, tensor.nbytes, size_table.NCCL)
+        if staging is None or path == size_table.NCCL:
             return super().all_reduce(tensor, op)
         check_layout(tensor, self.device)
         check_reducible(tensor)
+        if path == size_table.TWO_SHOT and staging.takes_two_shot(tensor):
+            call = staging.two_shot
+        elif staging.takes_one_shot(tensor):
+            call = staging.one_shot
+        else:  # empty, or integers, which take twice their size in staging memory
+            return super().all_reduce(tensor, op)
         self._usable()
         self.stats.all_reduce.add(tensor.nbytes)
-        return staging.all_reduce(tensor, op)
+        return call(tensor, op)
+
+    def all_gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        staging = self._staging
+        path = self.table.path(size_table.ALL_GATHER, tensor.nbytes, size_table.NCCL)
+        if staging is None or path == size_table.NCCL or not staging.takes_all_gather(tensor):
+            return super().all_gather(tensor, out)
+        check_layout(tensor, self.device)
+        self._usable()
+        out = gather_output(tensor, out, self.world_size)
+        self.stats.all_gather.add(tensor.nbytes)
+        return staging.all_gather(tensor, out)
+
+    def all_reduce_add_rms_norm(
+        self,
+        tensor: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        add_rms_norm: AddRmsNorm = norm_kernel.add_rms_norm,
+    ) -> Tensor:
+        staging = self._staging
+        path = self.table.path(size_table.ADD_RMS_NORM, tensor.nbytes, size_table.SEPARATE)
+        fused = path == size_table.FUSED and staging is not None
+        if not fused or not staging.takes_add_rms_norm(tensor, residual, weight):
+            return add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
+        check_layout(tensor, self.device)
+        self._usable()
+        self.stats.all_reduce.add(tensor.nbytes)
+        return staging.all_reduce_add_rms_norm(tensor, residual, weight, eps)
 
     def abort(self) -> None:
         """Free NCCL's kernels as NcclCommunicator does, and our own by their abort word."""
@@ -106,6 +151,8 @@ class StagedCommunicator(NcclCommunicator):
             staging.close()
             staging = None
         self._staging, self.staging_absent = staging, reason
+        if staging is not None:
+            self.table = unmeasured_table(self.world_size, staging.limit_bytes)
 
     def _cannot_share(self, staging_bytes: int) -> str:
         """Why the ranks cannot share memory, as all of them see alike; empty if they may."""

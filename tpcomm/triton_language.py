@@ -35,3 +35,8 @@ def jit(*, varying: Sequence[str]) -> Callable[[Callable[..., Any]], Any]:
         return triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(function)
 
     return declare
+
+
+def device_function(function: Callable[..., Any]) -> Any:
+    """Declare a function that kernels call; without Triton it stays as it is."""
+    return triton.jit(function) if HAS_TRITON else function
