@@ -32,7 +32,7 @@ from tpcomm.push_protocol import (
     word_row,
 )
 from tpcomm.staging_tables import CHUNK_BYTES, NUM_WARPS, StagingTables, vector_width
-from tpcomm.triton_language import jit, tl
+from tpcomm.triton_language import Launch, jit, tl
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _WORD_TYPES = {4: "int32", 2: "int16"}
@@ -232,8 +232,7 @@ def one_shot_all_reduce(
     calls over their tables in the same order, each from one stream at a time. After an abort the
     contents are undefined.
     """
-    kernel, arguments, num_programs = one_shot_launch(tensor, op, tables, tile)
-    kernel[(num_programs,)](*arguments, num_warps=tile.num_warps)
+    one_shot_launch(tensor, op, tables, tile).run()
     return tensor
 
 
@@ -241,37 +240,40 @@ def two_shot_all_reduce(
     tensor: Tensor, op: ReduceOp, tables: StagingTables, tile: Tile = Tile()
 ) -> Tensor:
     """As one_shot_all_reduce, for floats; `two_shot_bytes` may be at most `slot_bytes`."""
-    kernel, arguments, num_programs = two_shot_launch(tensor, op, tables, tile)
-    kernel[(num_programs,)](*arguments, num_warps=tile.num_warps)
+    two_shot_launch(tensor, op, tables, tile).run()
     return tensor
 
 
 def one_shot_launch(
     tensor: Tensor, op: ReduceOp, tables: StagingTables, tile: Tile = Tile()
-) -> tuple[Any, tuple[object, ...], int]:
-    """Kernel, arguments in order, programs. Two variants a float dtype: whole vectors, or not."""
+) -> Launch:
+    """What `one_shot_all_reduce` runs; two variants a float dtype: whole vectors, or not."""
     assert 0 < one_shot_bytes(tensor) <= tables.slot_bytes, (tensor.shape, tables.slot_bytes)
     num_programs = -(-one_shot_bytes(tensor) // tile.num_bytes)
     assert num_programs <= tables.state.numel(), num_programs
     addresses = (tensor, tables.bases, tables.state, tables.abort_word)
     sizes = (tables.slot_bytes, tables.state.numel(), tables.world_size)
     is_max = op == ReduceOp.MAX
+    shape: tuple[object, ...]
+    arguments: tuple[object, ...]
     if tensor.dtype not in _FLOATS:
         wire_bytes = _wire_bytes(tensor.dtype)
         count = (tensor.numel(), tables.rank)
         shape = (tile.num_bytes // wire_bytes, is_max, wire_bytes // 8)
-        return _one_shot_integer_kernel, (*addresses, *count, *sizes, *shape), num_programs
+        arguments = (*addresses, *count, *sizes, *shape)
+        return Launch(_one_shot_integer_kernel, arguments, num_programs, tile.num_warps)
     vector = vector_width(tensor)
     count = (tensor.numel() // vector, tables.rank)
     chunk = tile.num_bytes // tensor.dtype.itemsize
     shape = (chunk, vector, is_max, word_type(tensor.dtype))
-    return _one_shot_kernel, (*addresses, *count, *sizes, *shape), num_programs
+    arguments = (*addresses, *count, *sizes, *shape)
+    return Launch(_one_shot_kernel, arguments, num_programs, tile.num_warps)
 
 
 def two_shot_launch(
     tensor: Tensor, op: ReduceOp, tables: StagingTables, tile: Tile = Tile()
-) -> tuple[Any, tuple[object, ...], int]:
-    """As one_shot_launch."""
+) -> Launch:
+    """What `two_shot_all_reduce` runs."""
     world_size = tables.world_size
     assert tensor.numel() and tensor.dtype in _FLOATS, (tensor.shape, tensor.dtype)
     num_programs = _num_slice_tiles(tensor, world_size, tile.num_bytes)
@@ -296,7 +298,7 @@ def two_shot_launch(
         op == ReduceOp.MAX,
         word_type(tensor.dtype),
     )
-    return _two_shot_kernel, arguments, num_programs
+    return Launch(_two_shot_kernel, arguments, num_programs, tile.num_warps)
 
 
 def word_type(dtype: torch.dtype) -> Any:

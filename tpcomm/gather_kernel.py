@@ -6,8 +6,6 @@ Bytes of any dtype travel as 16-bit words, so twice the bytes: for what is small
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from tpcomm.communicator import as_bytes
@@ -19,7 +17,7 @@ from tpcomm.staging_tables import (
     StagingTables,
     vector_width,
 )
-from tpcomm.triton_language import jit, tl
+from tpcomm.triton_language import Launch, jit, tl
 
 _WORD_BYTES = 2
 
@@ -74,15 +72,12 @@ def small_all_gather(tensor: Tensor, out: Tensor, tables: StagingTables) -> Tens
 
     `gather_bytes` may be at most `slot_bytes`. Otherwise as `one_shot_all_reduce`.
     """
-    kernel, arguments, num_programs = gather_launch(tensor, out, tables)
-    kernel[(num_programs,)](*arguments, num_warps=NUM_WARPS)
+    gather_launch(tensor, out, tables).run()
     return out
 
 
-def gather_launch(
-    tensor: Tensor, out: Tensor, tables: StagingTables
-) -> tuple[Any, tuple[object, ...], int]:
-    """Kernel, arguments in order, programs."""
+def gather_launch(tensor: Tensor, out: Tensor, tables: StagingTables) -> Launch:
+    """What `small_all_gather` runs."""
     assert 0 < gather_bytes(tensor) <= tables.slot_bytes, (tensor.shape, tables.slot_bytes)
     source, target = as_bytes(tensor), as_bytes(out)
     vector = vector_width(source, target)
@@ -104,4 +99,4 @@ def gather_launch(
         chunk,
         vector,
     )
-    return _all_gather_kernel, arguments, -(-source.numel() // chunk)
+    return Launch(_all_gather_kernel, arguments, -(-source.numel() // chunk), NUM_WARPS)

@@ -12,7 +12,6 @@ Source of the norm: Zhang and Sennrich, "Root Mean Square Layer Normalization", 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from tpcomm.push_protocol import (
     word_row,
 )
 from tpcomm.staging_tables import StagingTables, vector_width
-from tpcomm.triton_language import jit, tl
+from tpcomm.triton_language import Launch, jit, tl
 
 AddRmsNorm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -133,16 +132,14 @@ def all_reduce_add_rms_norm(
     """
     assert x.nbytes <= tables.slot_bytes and len(x) <= tables.state.numel(), x.shape
     out = torch.empty_like(x)
-    kernel, arguments, options = fused_launch(x, residual, weight, out, eps, tables)
-    kernel[(len(x),)](*arguments, **options)
+    fused_launch(x, residual, weight, out, eps, tables).run()
     return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`add_rms_norm_reference` as one kernel."""
     out = torch.empty_like(x)
-    kernel, arguments, options = fused_launch(x, residual, weight, out, eps, None)
-    kernel[(len(x),)](*arguments, **options)
+    fused_launch(x, residual, weight, out, eps, None).run()
     return out
 
 
@@ -153,8 +150,8 @@ def fused_launch(
     out: Tensor,
     eps: float,
     tables: StagingTables | None,
-) -> tuple[Any, tuple[object, ...], dict[str, int]]:
-    """Kernel, arguments in order, options. Without tables: of one rank."""
+) -> Launch:
+    """What `all_reduce_add_rms_norm` runs, or, without tables, `add_rms_norm`."""
     hidden_size = x.shape[1]
     block = max(1 << (hidden_size - 1).bit_length(), _MIN_BLOCK)
     vector = vector_width(x, residual, weight, out)
@@ -175,4 +172,4 @@ def fused_launch(
     row_vectors = block * x.dtype.itemsize // 16
     num_warps = min(max(row_vectors // 32, 1), _MAX_WARPS)
     arguments = (x, residual, weight, out, *addresses, *shape)
-    return _all_reduce_add_rms_norm_kernel, arguments, {"num_warps": num_warps}
+    return Launch(_all_reduce_add_rms_norm_kernel, arguments, len(x), num_warps)

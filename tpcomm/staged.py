@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tpcomm import norm_kernel, size_table
+from tpcomm.allreduce_kernels import one_shot_launch, two_shot_launch
 from tpcomm.communicator import ReduceOp, check_layout, check_reducible, gather_output
 from tpcomm.cuda_driver import load_cuda_driver
 from tpcomm.errors import CommError, CommTimeout
@@ -15,6 +18,8 @@ from tpcomm.norm_kernel import AddRmsNorm
 from tpcomm.paths import CommPath
 from tpcomm.size_table import SizeTable, unmeasured_table
 from tpcomm.staging import Staging, host_identity
+from tpcomm.staging_tables import StagingTables
+from tpcomm.triton_language import Launch
 
 
 class StagedCommunicator(NcclCommunicator):
@@ -85,8 +90,11 @@ class StagedCommunicator(NcclCommunicator):
     ) -> Tensor:
         staging = self._staging
         path = self.table.path(size_table.ADD_RMS_NORM, tensor.nbytes, size_table.SEPARATE)
-        fused = path == size_table.FUSED and staging is not None
-        if not fused or not staging.takes_add_rms_norm(tensor, residual, weight):
+        if (
+            staging is None
+            or path != size_table.FUSED
+            or not staging.takes_add_rms_norm(tensor, residual, weight)
+        ):
             return add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
         check_layout(tensor, self.device)
         self._usable()
@@ -111,22 +119,32 @@ class StagedCommunicator(NcclCommunicator):
             self._staging = None
 
     def paths(self) -> list[CommPath]:
-        """`staged`, then `nccl`."""
+        """`one_shot`, `two_shot`, then `nccl`."""
+        return [
+            self._staged_path(size_table.ONE_SHOT, Staging.one_shot, one_shot_launch),
+            self._staged_path(size_table.TWO_SHOT, Staging.two_shot, two_shot_launch),
+            *super().paths(),
+        ]
+
+    def _staged_path(
+        self,
+        name: str,
+        call: Callable[[Staging, Tensor, ReduceOp], Tensor],
+        launch: Callable[[Tensor, ReduceOp, StagingTables], Launch],
+    ) -> CommPath:
         staging = self._staging
         if staging is None:
-            staged = CommPath("staged", self.device, None, absent=self.staging_absent)
-        else:
-            staged = CommPath(
-                "staged",
-                self.device,
-                staging.all_reduce,
-                max_bytes=staging.limit_bytes,
-                prepare=staging.compile,
-                wait=lambda timeout_s: self._wait_idle(timeout_s, "the staged all-reduce"),
-                rescue=self._rescue_staging,
-                switch_off=self._switch_staging_off,
-            )
-        return [staged, *super().paths()]
+            return CommPath(name, self.device, None, absent=self.staging_absent)
+        return CommPath(
+            name,
+            self.device,
+            lambda tensor, op: call(staging, tensor, op),
+            max_bytes=staging.limit_bytes,
+            prepare=lambda tensor, op: launch(tensor, op, staging.tables).compile(),
+            wait=lambda timeout_s: self._wait_idle(timeout_s, f"the {name} all-reduce"),
+            rescue=self._rescue_staging,
+            switch_off=self._switch_staging_off,
+        )
 
     def _form_staging(self, staging_bytes: int, name: str) -> None:
         """Make, exchange and map the buffers, agreeing after each step that no rank failed."""

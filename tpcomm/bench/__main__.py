@@ -30,8 +30,8 @@ SIZES = tuple(8 * _KIB << step for step in range(10))  # 8 KiB to 4 MiB
 FUSED_ROWS = (1, 2, 4, 8, 16, 32, 64)
 HIDDEN = 4096
 STAGING_BYTES = 4 << 20
-SECTIONS = ("check", "time", "fused", "gather", "stress", "virtual", "torch", "tune")
-_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
+SECTIONS = ("time", "fused", "gather", "torch", "stress", "virtual", "check", "tune")
+_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}  # virtual ranks are streams of one GPU
 
 
 class Bench:
@@ -164,9 +164,11 @@ def run_torch(bench: Bench) -> None:
 def run_tune(bench: Bench) -> None:
     rows: list[dict[str, Any]] = []
     for num_bytes in (8 * _KIB, 64 * _KIB, 512 * _KIB, 2048 * _KIB):
-        replies = bench.run(f"tune {num_bytes}", cases.tune_one_shot, num_bytes, limit_s=60)
-        if replies is not None:
-            rows += [slowest(ranks) for ranks in zip(*replies, strict=True)]
+        for path in ("one_shot", "two_shot"):
+            what = f"tiles of {path} {num_bytes}"
+            replies = bench.run(what, cases.time_tiles, path, num_bytes, limit_s=60)
+            if replies is not None:
+                rows += [slowest(ranks) for ranks in zip(*replies, strict=True)]
     bench.results["tune"] = rows
     print_table("tiles", rows)
 

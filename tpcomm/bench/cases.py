@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -200,27 +201,19 @@ def check_all_dtypes(context: RankContext) -> list[str]:
     return wrong
 
 
-def tune_one_shot(context: RankContext, num_bytes: int) -> list[Row]:
-    """One-shot and two-shot by other tiles."""
+TILES = (Tile(1024, 2), Tile(2048, 4), Tile(4096, 8), Tile(4096, 4), Tile(8192, 16), Tile(8192, 8))
+
+
+def time_tiles(context: RankContext, path: str, num_bytes: int) -> list[Row]:
+    """One path by other tiles than the default."""
     comm = context.join()
     tables = need_staging(context).tables
     tensor = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=context.device)
+    reduce = one_shot_all_reduce if path == "one_shot" else two_shot_all_reduce
     rows = []
-    for call in (one_shot_all_reduce, two_shot_all_reduce):
-        for tile in (Tile(1024, 2), Tile(2048, 4), Tile(4096, 8), Tile(4096, 4), Tile(8192, 16),
-                     Tile(8192, 8)):  # fmt: skip
-            if num_bytes // tile.num_bytes > tables.state.numel():
-                continue
-            us = graph_microseconds(
-                comm, lambda call=call, tile=tile: call(tensor, ReduceOp.SUM, tables, tile)
-            )
-            rows.append(
-                {
-                    "path": call.__name__,
-                    "bytes": num_bytes,
-                    "tile": tile.num_bytes,
-                    "warps": tile.num_warps,
-                    "us": us,
-                }
-            )
+    for tile in TILES:
+        if num_bytes // tile.num_bytes <= tables.state.numel():
+            call = functools.partial(reduce, tensor, ReduceOp.SUM, tables, tile)
+            row = {"path": path, "bytes": num_bytes, "tile": tile.num_bytes}
+            rows.append({**row, "warps": tile.num_warps, "us": graph_microseconds(comm, call)})
     return rows

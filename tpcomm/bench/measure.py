@@ -21,7 +21,7 @@ _POLL_S = 0.0002
 def wait_for(event: torch.cuda.Event, limit_s: float, what: str) -> None:
     """Wait on the host for an event, never longer than `limit_s`."""
     deadline = time.monotonic() + limit_s
-    while not event.query():
+    while not event.query():  # type: ignore[no-untyped-call]
         if time.monotonic() > deadline:
             raise CommTimeout(f"{what} did not end within {limit_s:g} s")
         time.sleep(_POLL_S)
@@ -54,15 +54,14 @@ def graph_microseconds(
     graph.replay()
     for _ in range(_ROUNDS):
         comm.barrier(_LIMIT_S)
-        begin = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+        begin, end = _timing_event(), _timing_event()
         graph.replay()  # absorbs what the ranks are apart
         begin.record()
         for _ in range(_REPLAYS):
             graph.replay()
         end.record()
         wait_for(end, _LIMIT_S, "a replayed graph")
-        times.append(begin.elapsed_time(end) * 1000 / (_REPLAYS * num_calls))
+        times.append(_microseconds(begin, end) / (_REPLAYS * num_calls))
     del graph
     return statistics.median(times)
 
@@ -71,11 +70,18 @@ def eager_microseconds(comm: StagedCommunicator, call: Callable[[], object]) -> 
     """Time of one call issued by the host, in us, mean of a burst. Collective."""
     call()
     comm.barrier(_LIMIT_S)
-    begin = torch.cuda.Event(enable_timing=True)
-    end = torch.cuda.Event(enable_timing=True)
+    begin, end = _timing_event(), _timing_event()
     begin.record()
     for _ in range(CALLS_PER_GRAPH):
         call()
     end.record()
     wait_for(end, _LIMIT_S, "a burst of calls")
-    return begin.elapsed_time(end) * 1000 / CALLS_PER_GRAPH
+    return _microseconds(begin, end) / CALLS_PER_GRAPH
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _microseconds(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    return float(begin.elapsed_time(end)) * 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -42,12 +43,12 @@ def time_torch(context: RankContext, store_path: str, sizes: Sequence[int]) -> l
     for num_bytes in sizes:
         tensor = buffer[: num_bytes // 2]
         out = torch.empty(num_bytes // 2, dtype=torch.bfloat16, device=context.device)
+        calls = {
+            "torch_one_shot_us": functools.partial(one_shot, tensor, "sum", name, out),
+            "torch_two_shot_us": functools.partial(two_shot, tensor, "sum", name),
+        }
         row: Row = {"bytes": num_bytes}
-        row["torch_one_shot_us"] = graph_microseconds(
-            comm, lambda tensor=tensor, out=out: one_shot(tensor, "sum", name, out)
-        )
-        row["torch_two_shot_us"] = graph_microseconds(
-            comm, lambda tensor=tensor: two_shot(tensor, "sum", name)
-        )
+        for what, call in calls.items():
+            row[what] = graph_microseconds(comm, call)
         rows.append(row)
     return rows

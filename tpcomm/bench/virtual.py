@@ -46,10 +46,7 @@ class VirtualRanks:
             dataclasses.replace(make_tables(world_size, rank, _SLOT_BYTES, device), bases=bases)
             for rank in range(world_size)
         ]
-        self._streams: list[torch.cuda.Stream] = [
-            torch.cuda.Stream(device)
-            for _ in range(world_size)  # type: ignore[no-untyped-call]
-        ]
+        self._streams = [_new_stream(device) for _ in range(world_size)]
         self._device = device
 
     def run(self, fill: Callable[[], object], call: Callable[[int, StagingTables], object]) -> None:
@@ -86,11 +83,15 @@ class VirtualRanks:
         torch.cuda.synchronize(self._device)
 
     def _set_abort(self, value: int) -> None:
-        stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = _new_stream(self._device)
         with torch.cuda.stream(stream):
             for tables in self.tables:
                 tables.abort_word.fill_(value)
         stream.synchronize()
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def check_virtual_ranks(context: RankContext, world_size: int) -> str:
@@ -140,10 +141,7 @@ def _check_norm(ranks: VirtualRanks, device: torch.device) -> str:
 
     def fused(rank: int, tables: StagingTables) -> None:
         for _ in range(_CALLS):
-            kernel, arguments, options = fused_launch(
-                parts[rank], residuals[rank], weight, outs[rank], _EPS, tables
-            )
-            kernel[(5,)](*arguments, **options)
+            fused_launch(parts[rank], residuals[rank], weight, outs[rank], _EPS, tables).run()
 
     ranks.run(residuals.zero_, fused)
     total, residual = _in_order(parts), torch.zeros_like(parts[0])

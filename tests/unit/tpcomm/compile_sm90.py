@@ -10,7 +10,6 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -21,10 +20,11 @@ from tpcomm.allreduce_kernels import one_shot_launch, two_shot_launch
 from tpcomm.communicator import REDUCIBLE_DTYPES
 from tpcomm.gather_kernel import gather_launch
 from tpcomm.norm_kernel import FUSED_DTYPES, fused_launch
-from tpcomm.staging_tables import NUM_WARPS, StagingTables, make_tables
+from tpcomm.staging_tables import StagingTables, make_tables
+from tpcomm.triton_language import Launch
 
 SLOT_BYTES = 4 << 20
-Launch = tuple[str, torch.dtype, bool, tuple[Any, tuple[object, ...], object]]
+Variant = tuple[str, torch.dtype, bool, Launch]
 
 
 class HopperDriver:
@@ -40,7 +40,7 @@ class HopperDriver:
         return 0
 
 
-def variants(tables: StagingTables) -> Iterator[Launch]:
+def variants(tables: StagingTables) -> Iterator[Variant]:
     for dtype in REDUCIBLE_DTYPES:
         for num_elements in (333, 4096):
             tensor, whole = torch.zeros(num_elements, dtype=dtype), num_elements == 4096
@@ -61,9 +61,8 @@ def variants(tables: StagingTables) -> Iterator[Launch]:
 def main() -> None:
     driver.set_active(HopperDriver())
     tables = make_tables(int(sys.argv[1]), 1, SLOT_BYTES, torch.device("cpu"))
-    for name, dtype, whole, (kernel, arguments, last) in variants(tables):
-        options = last if isinstance(last, dict) else {"num_warps": NUM_WARPS}
-        compiled = kernel.warmup(*arguments, **options, grid=(1,))
+    for name, dtype, whole, launch in variants(tables):
+        compiled = launch.compile()
         ptx = compiled.asm["ptx"]
         report = {
             "kernel": name,
