@@ -11,8 +11,6 @@ Source of the norm: Zhang and Sennrich, "Root Mean Square Layer Normalization", 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -30,7 +28,6 @@ from tpcomm.push_protocol import (
 from tpcomm.staging_tables import StagingTables, vector_width
 from tpcomm.triton_language import Launch, jit, tl
 
-AddRmsNorm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HIDDEN = 16384
 _MAX_WARPS = 16

@@ -45,9 +45,11 @@ class SizeTable:
         paths = self._paths[operation]
         return paths[index] if index < len(paths) else beyond
 
-    def without(self, path: str) -> SizeTable:
-        """The table when `path` is off: its sizes go to the next path, or beyond."""
-        return SizeTable([route for route in self.routes if route.path != path])
+    def without(self, operation: str, path: str) -> SizeTable:
+        """The table when a path is off: its sizes go to the next path, or beyond."""
+        return SizeTable(
+            [route for route in self.routes if (route.operation, route.path) != (operation, path)]
+        )
 
     def describe(self) -> str:
         """One line: `all_reduce: one_shot to 524288, two_shot to 4194304; ...`."""

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tpcomm import norm_kernel, size_table
-from tpcomm.allreduce_kernels import one_shot_launch, two_shot_launch
-from tpcomm.communicator import ReduceOp, check_layout, check_reducible, gather_output
+from tpcomm.communicator import AddRmsNorm, ReduceOp, check_layout, check_reducible, gather_output
 from tpcomm.cuda_driver import load_cuda_driver
 from tpcomm.errors import CommError, CommTimeout
+from tpcomm.graph_timer import measure_in_graph
 from tpcomm.nccl import NcclCommunicator
 from tpcomm.nccl_api import Nccl
-from tpcomm.norm_kernel import AddRmsNorm
 from tpcomm.paths import CommPath
 from tpcomm.size_table import SizeTable, unmeasured_table
+from tpcomm.staged_ways import STAGED_WAYS, staged_ways
 from tpcomm.staging import Staging, host_identity
-from tpcomm.staging_tables import StagingTables
-from tpcomm.triton_language import Launch
 
 
 class StagedCommunicator(NcclCommunicator):
@@ -45,6 +43,7 @@ class StagedCommunicator(NcclCommunicator):
         self.staging_absent = ""
         self._staging: Staging | None = None
         self.table = SizeTable(())
+        self._switched_off: dict[tuple[str, str], str] = {}
         self._form_staging(staging_bytes, name)
 
     @property
@@ -119,32 +118,41 @@ class StagedCommunicator(NcclCommunicator):
             self._staging = None
 
     def paths(self) -> list[CommPath]:
-        """`one_shot`, `two_shot`, then `nccl`."""
-        return [
-            self._staged_path(size_table.ONE_SHOT, Staging.one_shot, one_shot_launch),
-            self._staged_path(size_table.TWO_SHOT, Staging.two_shot, two_shot_launch),
-            *super().paths(),
-        ]
-
-    def _staged_path(
-        self,
-        name: str,
-        call: Callable[[Staging, Tensor, ReduceOp], Tensor],
-        launch: Callable[[Tensor, ReduceOp, StagingTables], Launch],
-    ) -> CommPath:
+        """Both ways of each operation, and last NCCL's all-reduce, which is always there."""
         staging = self._staging
-        if staging is None:
-            return CommPath(name, self.device, None, absent=self.staging_absent)
-        return CommPath(
-            name,
-            self.device,
-            lambda tensor, op: call(staging, tensor, op),
-            max_bytes=staging.limit_bytes,
-            prepare=lambda tensor, op: launch(tensor, op, staging.tables).compile(),
-            wait=lambda timeout_s: self._wait_idle(timeout_s, f"the {name} all-reduce"),
-            rescue=self._rescue_staging,
-            switch_off=self._switch_staging_off,
+        ways = [] if staging is None else staged_ways(staging)
+        absent = [
+            CommPath(name, self.device, None, operation, absent=self.staging_absent)
+            for operation, name in STAGED_WAYS
+            if staging is None
+        ]
+        staged = [self._guarded(way) for way in ways]
+        (nccl,) = super().paths()
+        gather = replace(nccl, operation=size_table.ALL_GATHER, call=super().all_gather)
+        separate = replace(
+            nccl,
+            name=size_table.SEPARATE,
+            operation=size_table.ADD_RMS_NORM,
+            call=self._separate_add_rms_norm,
         )
+        others = [gather, *([separate] if staging is not None else [])]
+        return [*absent, *staged, *others, nccl]
+
+    def _guarded(self, way: CommPath) -> CommPath:
+        reason = self._switched_off.get((way.operation, way.name), "")
+        return replace(
+            way,
+            absent=reason,
+            wait=lambda timeout_s: self._wait_idle(timeout_s, f"{way.operation} by {way.name}"),
+            rescue=self._rescue_staging,
+            switch_off=lambda why, hung: self._switch_off(way, why, hung),
+            measure=measure_in_graph,
+        )
+
+    def _separate_add_rms_norm(
+        self, tensor: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> Tensor:
+        return norm_kernel.add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
 
     def _form_staging(self, staging_bytes: int, name: str) -> None:
         """Make, exchange and map the buffers, agreeing after each step that no rank failed."""
@@ -199,6 +207,13 @@ class StagedCommunicator(NcclCommunicator):
         if not self._stream_is_idle(timeout_s):
             raise CommTimeout("a staged all-reduce did not end by its abort word")
 
-    def _switch_staging_off(self, reason: str) -> None:
-        # The memory stays mapped: a peer's kernel that was late may still write its flags here.
-        self._staging, self.staging_absent = None, reason
+    def _switch_off(self, way: CommPath, reason: str, hung: bool) -> None:
+        """One way; all that use staging memory if calls hung, since nobody knows its state then.
+
+        The memory stays mapped: a peer's kernel that was late may still write to it.
+        """
+        self._switched_off[way.operation, way.name] = reason
+        self.table = self.table.without(way.operation, way.name)
+        if hung:
+            self._staging, self.staging_absent = None, reason
+            self.table = SizeTable(())

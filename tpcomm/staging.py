@@ -60,7 +60,7 @@ class Staging:
         if self.limit_bytes == 0:
             raise CommError(f"staging_bytes {staging_bytes} is below one chunk of {CHUNK_BYTES}")
         self._world_size = world_size
-        self._device = device
+        self.device = device
         self._driver = driver
         size = staging_size(world_size, self.limit_bytes)
         self._own = SharedAllocation(
@@ -92,7 +92,7 @@ class Staging:
             for fd in table.values():
                 os.close(fd)
         self.tables.bases.copy_(torch.tensor(addresses, dtype=torch.int64))
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
 
     def takes_one_shot(self, tensor: Tensor) -> bool:
         """Whether `one_shot` may be called with this tensor."""
@@ -115,24 +115,24 @@ class Staging:
 
     def one_shot(self, tensor: Tensor, op: ReduceOp) -> Tensor:
         """Combine IN PLACE on the current stream."""
-        with torch.cuda.device(self._device):  # Triton launches on the current device
+        with torch.cuda.device(self.device):  # Triton launches on the current device
             return one_shot_all_reduce(tensor, op, self.tables)
 
     def two_shot(self, tensor: Tensor, op: ReduceOp) -> Tensor:
         """Combine IN PLACE on the current stream."""
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             return two_shot_all_reduce(tensor, op, self.tables)
 
     def all_gather(self, tensor: Tensor, out: Tensor) -> Tensor:
         """Fill `out`, [world_size, *tensor.shape], on the current stream."""
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             return small_all_gather(tensor, out, self.tables)
 
     def all_reduce_add_rms_norm(
         self, tensor: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> Tensor:
         """Sum, add to `residual` IN PLACE and return the norm of that, on the current stream."""
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             return all_reduce_add_rms_norm(tensor, residual, weight, eps, self.tables)
 
     def abort(self) -> None:
@@ -150,7 +150,7 @@ class Staging:
     def _map_peer(self, peer: int, fd: int) -> int:
         if peer == self.tables.rank:
             return self._own.address
-        allocation = SharedAllocation(self._own.num_bytes, self._device, self._driver, fd)
+        allocation = SharedAllocation(self._own.num_bytes, self.device, self._driver, fd)
         self._peers.append(allocation)
         return allocation.address
 

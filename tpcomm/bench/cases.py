@@ -11,16 +11,16 @@ from torch import Tensor
 
 from tpcomm import norm_kernel
 from tpcomm.allreduce_kernels import Tile, one_shot_all_reduce, two_shot_all_reduce
-from tpcomm.bench.measure import capture, eager_microseconds, graph_microseconds, wait_idle
+from tpcomm.bench.measure import LIMIT_S, eager_microseconds, graph_microseconds
 from tpcomm.bench.rank_pool import RankContext
 from tpcomm.communicator import ReduceOp
+from tpcomm.graph_timer import capture, wait_idle
 from tpcomm.nccl import NcclCommunicator
 from tpcomm.staging import Staging
 
 Row = dict[str, Any]
 Call = Callable[[Tensor], Tensor]
 _EPS = 1e-5
-_LIMIT_S = 15.0
 _CHECKED_CALLS = 7  # more than the buffers that alternate
 
 
@@ -78,11 +78,11 @@ def sums_are_exact(context: RankContext, call: Call, num_elements: int, dtype: t
         for tensor in work:
             call(tensor)
 
-    graph = capture(calls, 1)
+    graph = capture(calls, 1, LIMIT_S)
     for tensor, fresh in zip(work, mine, strict=True):
         tensor.copy_(fresh)
     graph.replay()
-    wait_idle(_LIMIT_S, "the checked calls")
+    wait_idle(LIMIT_S, "the checked calls")
     for step, tensor in zip(steps, work, strict=True):
         expected = torch.zeros(num_elements, dtype=torch.float64, device=context.device)
         for peer in range(context.world_size):
@@ -149,7 +149,7 @@ def fused_is_separate(context: RankContext, num_rows: int, hidden_size: int) -> 
         out = staging.all_reduce_add_rms_norm(mine, residuals[0], weight, _EPS)
         total = staging.one_shot(mine.clone(), ReduceOp.SUM)
         plain = norm_kernel.add_rms_norm(total, residuals[1], weight, _EPS)
-        wait_idle(_LIMIT_S, "the fused kernel")
+        wait_idle(LIMIT_S, "the fused kernel")
         summed = parts.float()
         expected_sum = summed[0]
         for part in summed[1:]:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tpcomm import norm_kernel
 from tpcomm.bench.cases import Row, need_staging
-from tpcomm.bench.measure import wait_idle
 from tpcomm.bench.rank_pool import RankContext
 from tpcomm.communicator import ReduceOp
+from tpcomm.graph_timer import wait_idle
 
 _BANK = 16  # inputs of every rank, drawn beforehand
 _EPS = 1e-5

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tpcomm import norm_kernel
 from tpcomm.allreduce_kernels import one_shot_all_reduce, two_shot_all_reduce, two_shot_bytes
-from tpcomm.bench.measure import wait_for
 from tpcomm.bench.rank_pool import RankContext
 from tpcomm.communicator import ReduceOp
 from tpcomm.errors import CommTimeout
 from tpcomm.gather_kernel import small_all_gather
+from tpcomm.graph_timer import wait_for
 from tpcomm.norm_kernel import fused_launch
 from tpcomm.staging_tables import StagingTables, make_tables, staging_size
 

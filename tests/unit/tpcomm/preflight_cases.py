@@ -46,7 +46,7 @@ def planted(rank: Rank, group_id: bytes, fault: str) -> tuple[list[PathReport], 
         prepare=lambda tensor, op: events.append("prepared"),
         wait=wait,
         rescue=lambda timeout_s: events.append("rescued"),
-        switch_off=lambda reason: events.append("off"),
+        switch_off=lambda reason, hung: events.append("off, hung" if hung else "off"),
     )
     return check_paths(comm, [path, *comm.paths()], 5.0), sorted(set(events))
 
