@@ -28,7 +28,7 @@ def sizes_of(operation: str, max_bytes: int, row_bytes: int) -> list[int]:
     else:
         sizes = [8 * _KIB << step for step in range(10)]
     fitting = [size for size in sizes if size <= max_bytes]
-    return fitting or sizes[:1] if max_bytes >= sizes[0] else []
+    return fitting
 
 
 def timed_call(

@@ -142,7 +142,7 @@ def _report(path: CommPath, base: CommPath, own: _Finding, timeout_s: float) -> 
 def _check(comm: HasPaths, path: CommPath, timeout_s: float) -> _Finding:
     """Why the path cannot be trusted, as this rank sees it."""
     assert path.call is not None
-    cases = cases_of(path)
+    cases, mistake = cases_of(path), ""
     try:
         for case in cases:
             if path.prepare is not None:
@@ -153,14 +153,13 @@ def _check(comm: HasPaths, path: CommPath, timeout_s: float) -> _Finding:
                 result = path.call(*arguments)
                 if path.wait is not None:
                     path.wait(timeout_s)
-                mistake = find_mistake(path, case, arguments, result, comm.world_size)
-                if mistake:
-                    return _Finding(_Verdict.WRONG, mistake)
+                # Go on after a mistake: the other ranks may have seen none, and call on.
+                mistake = mistake or find_mistake(path, case, arguments, result, comm.world_size)
     except CommTimeout as error:
         return _Finding(_Verdict.HUNG, _rescue(path, timeout_s, str(error)))
     except CommError as error:
-        return _Finding(_Verdict.WRONG, str(error))
-    return _Finding(_Verdict.SOUND)
+        return _Finding(_Verdict.WRONG, mistake or str(error))
+    return _Finding(_Verdict.WRONG if mistake else _Verdict.SOUND, mistake)
 
 
 def _time(

@@ -72,10 +72,9 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
-        os.environ.update(environment)  # before the children start: CUDA and NCCL read it once
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            arguments = (theirs, rank, world_size, group_id, staging_bytes)
+            arguments = (theirs, rank, world_size, group_id, staging_bytes, dict(environment))
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -119,8 +118,14 @@ class RankPool:
 
 
 def _serve(
-    pipe: Connection, rank: int, world_size: int, group_id: bytes, staging_bytes: int
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    group_id: bytes,
+    staging_bytes: int,
+    environment: Mapping[str, str],
 ) -> None:
+    os.environ.update(environment)  # before CUDA and NCCL start, which read it once
     torch.set_num_threads(1)
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from tests.unit.tpcomm.cases import expected_reduction, make_input
 from tests.unit.tpcomm.virtual_ranks import (
@@ -142,7 +144,7 @@ def abort_frees_a_waiting_kernel() -> None:
     """No peer ever comes; the abort word, written from another thread, ends every wait."""
     tables = interpreted_tables(fresh_memory(2), 0, 2)
     x, out = torch.ones(1, 40), torch.ones(2, 40)
-    calls = (
+    calls: tuple[Callable[[], Tensor], ...] = (
         lambda: one_shot_all_reduce(torch.ones(5), ReduceOp.SUM, tables),
         lambda: one_shot_all_reduce(torch.ones(5, dtype=torch.int32), ReduceOp.SUM, tables),
         lambda: two_shot_all_reduce(torch.ones(50), ReduceOp.SUM, tables),

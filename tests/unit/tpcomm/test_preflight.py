@@ -81,3 +81,30 @@ def test_lost_peer_ends_in_a_report_that_names_it(rank_pool: RankPool) -> None:
     reports = rank_pool.run(2, preflight_cases.lost_peer, create_group_id("shm"))[0]
     assert not reports[0].usable
     assert "rank 1 did not arrive" in reports[0].detail
+
+
+def test_times_are_the_slowest_ranks_and_give_one_table(rank_pool: RankPool) -> None:
+    first, second = rank_pool.run(2, preflight_cases.planted_times, create_group_id("shm"), "none")
+    assert first == second
+    rows, events, table = first
+    assert events == []
+    times = {name: of for name, _, of in rows}
+    assert times["fast"][8192] == 2.5 and times["slow"][8192] == 5.75
+    assert times["shm"] == {}  # has no measure
+    # fast: 1.5 + k us, slow: 5.5 + k / 4 us for the k-th size; equal at k = 5.33.
+    assert table.startswith("all_reduce: fast to 131072, slow to 1048576;")
+
+
+def test_path_that_hangs_while_it_is_timed_is_off_and_what_shares_its_memory_with_it(
+    rank_pool: RankPool,
+) -> None:
+    first, second = rank_pool.run(2, preflight_cases.planted_times, create_group_id("shm"), "hang")
+    for rows, _, table in (first, second):
+        assert [(name, usable) for name, usable, _ in rows] == [
+            ("fast", False),
+            ("slow", False),
+            ("shm", True),
+        ]
+        assert table.startswith("all_reduce: nothing staged;")
+    assert first[1] == ["fast off: another rank found it wrong"]
+    assert second[1] == ["rescued", "fast off: planted hang"]
