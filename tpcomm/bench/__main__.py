@@ -30,7 +30,7 @@ SIZES = tuple(8 * _KIB << step for step in range(10))  # 8 KiB to 4 MiB
 FUSED_ROWS = (1, 2, 4, 8, 16, 32, 64)
 HIDDEN = 4096
 STAGING_BYTES = 4 << 20
-SECTIONS = ("time", "fused", "gather", "torch", "stress", "virtual", "check", "tune")
+SECTIONS = ("preflight", "time", "fused", "gather", "torch", "stress", "virtual", "check", "tune")
 _ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}  # virtual ranks are streams of one GPU
 
 
@@ -49,20 +49,21 @@ class Bench:
         """Results by rank; None, with the reason noted, if it failed or no time is left."""
         left = self._deadline - time.monotonic()
         if left <= 1:
-            self._fail(what, "the total limit is used up")
+            self.fail(what, "the total limit is used up")
             return None
         try:
             return self._need_pool().run(function, *args, limit_s=min(limit_s, left))
         except RanksFailed as error:
             self._pool = None
-            self._fail(what, str(error))
+            self.fail(what, str(error))
             return None
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.kill()
 
-    def _fail(self, what: str, reason: str) -> None:
+    def fail(self, what: str, reason: str) -> None:
+        """Note that something went wrong; the rest goes on."""
         print(f"FAILED {what}: {reason}", flush=True)
         self.results["failures"].append({"what": what, "reason": reason[-2000:]})
 
@@ -87,6 +88,22 @@ def slowest(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
+
+
+def run_preflight(bench: Bench) -> None:
+    replies = bench.run("preflight", cases.run_preflight, limit_s=90)
+    if replies is None:
+        return
+    bench.results["preflight"] = replies[0]
+    rows = []
+    for path in replies[0]["paths"]:
+        times = " ".join(f"{num_bytes}:{us:.1f}" for num_bytes, us in path["times"])
+        row = {"operation": path["operation"], "path": path["path"], "sound": path["usable"]}
+        rows.append({**row, "bytes:us": times or path["detail"]})
+    print_table("preflight", rows)
+    print("table:", replies[0]["table"], flush=True)
+    if any(reply["table"] != replies[0]["table"] for reply in replies):
+        bench.fail("preflight", "the ranks have different tables")
 
 
 def run_check(bench: Bench) -> None:
@@ -174,6 +191,7 @@ def run_tune(bench: Bench) -> None:
 
 
 _RUN = {
+    "preflight": run_preflight,
     "check": run_check,
     "time": run_time,
     "fused": run_fused,

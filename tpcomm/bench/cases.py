@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tpcomm.bench.rank_pool import RankContext
 from tpcomm.communicator import ReduceOp
 from tpcomm.graph_timer import capture, wait_idle
 from tpcomm.nccl import NcclCommunicator
+from tpcomm.preflight import preflight
 from tpcomm.staging import Staging
 
 Row = dict[str, Any]
@@ -181,6 +183,13 @@ def time_all_gather(context: RankContext, num_rows: int, row_bytes: int) -> Row:
         comm, lambda: NcclCommunicator.all_gather(comm, source, out)
     )
     return row
+
+
+def run_preflight(context: RankContext) -> Row:
+    """What a group does at start-up: verdicts, times, and the table that follows."""
+    comm = context.join()
+    reports = [asdict(report) for report in preflight(comm, LIMIT_S)]
+    return {"paths": reports, "table": comm.table.describe()}
 
 
 def check_all_dtypes(context: RankContext) -> list[str]:
