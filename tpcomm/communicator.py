@@ -113,7 +113,7 @@ class Communicator(Protocol):
         tensor, residual [num_tokens, hidden_size], weight [hidden_size], one float dtype. The
         result is a new tensor, the same bits on every rank; `tensor` is left undefined.
         `add_rms_norm(sum, residual, weight, eps)` does the second half where the backend has no
-        kernel for both; by default tpcomm's own.
+        kernel for it, as on CPU; by default the reference in tpcomm.norm_kernel.
         """
         ...
 

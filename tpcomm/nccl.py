@@ -32,6 +32,7 @@ from tpcomm.errors import CommAborted, CommError, CommTimeout
 from tpcomm.graph_timer import measure_in_graph
 from tpcomm.nccl_api import DATA_TYPES, DataType, Nccl, RedOp
 from tpcomm.paths import CommPath
+from tpcomm.triton_language import HAS_TRITON
 
 _RED_OPS = {ReduceOp.SUM: RedOp.SUM, ReduceOp.MAX: RedOp.MAX}
 _POLL_SECONDS = 0.0001
@@ -92,8 +93,11 @@ class NcclCommunicator:
         residual: Tensor,
         weight: Tensor,
         eps: float,
-        add_rms_norm: AddRmsNorm = norm_kernel.add_rms_norm,
+        add_rms_norm: AddRmsNorm = norm_kernel.add_rms_norm_reference,
     ) -> Tensor:
+        # Our own norm has the same bits alone as fused: which of the two is faster must not show.
+        if HAS_TRITON and not norm_kernel.fused_refusal(tensor, residual, weight):
+            add_rms_norm = norm_kernel.add_rms_norm
         return add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:

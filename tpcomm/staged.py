@@ -7,13 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tpcomm import norm_kernel, size_table
+from tpcomm import size_table
 from tpcomm.communicator import AddRmsNorm, ReduceOp, check_layout, check_reducible, gather_output
 from tpcomm.cuda_driver import load_cuda_driver
 from tpcomm.errors import CommError, CommTimeout
 from tpcomm.graph_timer import measure_in_graph
 from tpcomm.nccl import NcclCommunicator
 from tpcomm.nccl_api import Nccl
+from tpcomm.norm_kernel import add_rms_norm_reference
 from tpcomm.paths import CommPath
 from tpcomm.size_table import SizeTable, unmeasured_table
 from tpcomm.staged_ways import STAGED_WAYS, staged_ways
@@ -85,7 +86,7 @@ class StagedCommunicator(NcclCommunicator):
         residual: Tensor,
         weight: Tensor,
         eps: float,
-        add_rms_norm: AddRmsNorm = norm_kernel.add_rms_norm,
+        add_rms_norm: AddRmsNorm = add_rms_norm_reference,
     ) -> Tensor:
         staging = self._staging
         path = self.table.path(size_table.ADD_RMS_NORM, tensor.nbytes, size_table.SEPARATE)
@@ -94,7 +95,7 @@ class StagedCommunicator(NcclCommunicator):
             or path != size_table.FUSED
             or not staging.takes_add_rms_norm(tensor, residual, weight)
         ):
-            return add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
+            return super().all_reduce_add_rms_norm(tensor, residual, weight, eps, add_rms_norm)
         check_layout(tensor, self.device)
         self._usable()
         self.stats.all_reduce.add(tensor.nbytes)
@@ -133,7 +134,7 @@ class StagedCommunicator(NcclCommunicator):
             nccl,
             name=size_table.SEPARATE,
             operation=size_table.ADD_RMS_NORM,
-            call=self._separate_add_rms_norm,
+            call=super().all_reduce_add_rms_norm,
         )
         others = [gather, *([separate] if staging is not None else [])]
         return [*absent, *staged, *others, nccl]
@@ -148,11 +149,6 @@ class StagedCommunicator(NcclCommunicator):
             switch_off=lambda why, hung: self._switch_off(way, why, hung),
             measure=measure_in_graph,
         )
-
-    def _separate_add_rms_norm(
-        self, tensor: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> Tensor:
-        return norm_kernel.add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
 
     def _form_staging(self, staging_bytes: int, name: str) -> None:
         """Make, exchange and map the buffers, agreeing after each step that no rank failed."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpcomm import CommError, ReduceOp, size_table, staged
+from tpcomm import CommError, ReduceOp, nccl, size_table, staged
 from tpcomm.communicator import CommStats
 from tpcomm.nccl import NcclCommunicator
 from tpcomm.size_table import Route, SizeTable
@@ -124,6 +124,7 @@ class Group:
         monkeypatch.setattr(NcclCommunicator, "_enqueue_all_gather", gather)
         monkeypatch.setattr(NcclCommunicator, "wait_stream", lambda *arguments: None)
         monkeypatch.setattr(NcclCommunicator, "_usable", lambda comm: None)
+        monkeypatch.setattr(nccl, "HAS_TRITON", False)  # no kernel of ours on the CPU
         monkeypatch.setattr(staged, "Staging", make_staging)
         monkeypatch.setattr(staged, "load_cuda_driver", lambda: None)
         comm = StagedCommunicator(cast(Any, None), b"", 0, 2, CPU, 1.0, staging_bytes, "group")
