@@ -78,11 +78,32 @@ def agreed(field: str, values: Sequence[Any]) -> Any:
 
 def check_preflights(preflights: Sequence[worker_pb2.PreflightResponse]) -> None:
     """The same paths work on every rank, and one at least does; raises StartRefused."""
-    paths = [[(path.path, path.is_usable) for path in answer.paths] for answer in preflights]
-    agreed("paths", paths)
-    for path in preflights[0].paths:
-        verdict = "usable" if path.is_usable else "off"
-        _LOG.info("communication path %s: %s, %s", path.path, verdict, path.detail)
-    if paths[0] and not any(is_usable for _, is_usable in paths[0]):
+    ways = [
+        [(path.operation, path.path, path.is_usable) for path in answer.paths]
+        for answer in preflights
+    ]
+    agreed("paths", ways)
+    agreed("routes", [list(answer.routes) for answer in preflights])
+    for line in path_lines(preflights[0]):
+        _LOG.info("%s", line)
+    if ways[0] and not any(is_usable for *_, is_usable in ways[0]):
         reasons = "; ".join(f"{path.path}: {path.detail}" for path in preflights[0].paths)
         raise StartRefused(ExitCode.DEVICE, f"no communication path is usable: {reasons}")
+
+
+def path_lines(preflight: worker_pb2.PreflightResponse) -> list[str]:
+    """Each path with its verdict and times, then which one serves which sizes."""
+    lines = []
+    for path in preflight.paths:
+        verdict = "usable" if path.is_usable else "off"
+        times = ", ".join(f"{time.byte_count} B {time.microseconds:.1f} us" for time in path.times)
+        name = f"{path.operation} by {path.path}" if path.operation else path.path
+        lines.append(f"communication path {name}: {verdict}, {times or path.detail}")
+    for operation in dict.fromkeys(route.operation for route in preflight.routes):
+        steps = [
+            f"{route.path} to {route.max_byte_count} B"
+            for route in preflight.routes
+            if route.operation == operation
+        ]
+        lines.append(f"chosen for {operation}: {', '.join(steps)}")
+    return lines

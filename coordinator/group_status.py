@@ -10,7 +10,7 @@ from coordinator.metrics import EngineMetrics
 from coordinator.progress_watch import ProgressWatch
 from coordinator.startup import Group
 from lockstep.daemon.version import __version__
-from protos.lockstep.v1 import engine_pb2, generate_pb2
+from protos.lockstep.v1 import engine_pb2, generate_pb2, worker_pb2
 
 _LOG = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class GroupStatus:
             block_count=group.num_blocks if group else 0,
             block_size=self._config.block_size,
             max_num_seqs=self._config.max_num_seqs,
+            comm_paths=_comm_paths(group.preflight) if group else [],
         )
         state = engine_pb2.GroupState(
             is_ready=self.is_ready,
@@ -145,3 +146,21 @@ class GroupStatus:
     def _set_cause(self, cause: str) -> None:
         self._cause = cause
         self._on_change()
+
+
+def _comm_paths(preflight: worker_pb2.PreflightResponse) -> Sequence[generate_pb2.CommPath]:
+    serves = {(route.operation, route.path): route.max_byte_count for route in preflight.routes}
+    return [
+        generate_pb2.CommPath(
+            operation=path.operation,
+            path=path.path,
+            is_usable=path.is_usable,
+            detail=path.detail,
+            serves_up_to_byte_count=serves.get((path.operation, path.path), 0),
+            times=[
+                generate_pb2.CommTime(byte_count=time.byte_count, microseconds=time.microseconds)
+                for time in path.times
+            ],
+        )
+        for path in preflight.paths
+    ]

@@ -50,6 +50,7 @@ class Group:
     max_model_len: int
     vocab_size: int
     engine_config: worker_pb2.EngineConfig
+    preflight: worker_pb2.PreflightResponse
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,14 @@ class Startup:
             worker_pb2.InitKvCacheResponse,
         )
         return Group(
-            self._epoch, hellos, loads, num_blocks, max_model_len, vocab_size, engine_config
+            self._epoch,
+            hellos,
+            loads,
+            num_blocks,
+            max_model_len,
+            vocab_size,
+            engine_config,
+            preflights[0],
         )
 
     async def _hello_all(self) -> list[worker_pb2.HelloResponse]:

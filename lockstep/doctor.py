@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lockstep.comm_findings import comm_findings
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.errors import LockstepError
 from lockstep.findings import Finding, Status, host_findings, package_findings
 from lockstep.gpu_findings import gpu_findings, nccl_findings, torch_findings, use_findings
 from lockstep.hub import resolve_model
-from lockstep.probes import NCCL, SHARDS, TORCH, run_probe
+from lockstep.probes import COMM, COMM_LIMIT_S, NCCL, SHARDS, TORCH, run_probe
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
         *nccl_findings(nccl_probe, torch_probe),
         *use_findings(torch_probe, nccl_probe),
     ]
+    if options.comm:
+        findings += comm_findings(run_probe(COMM, [str(COMM_LIMIT_S)], limit_s=2 * COMM_LIMIT_S))
     shards: dict[str, Any] | None = None
     if options.model:
         try:
@@ -55,6 +58,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="", help="folder or hub id: show how it is split")
     parser.add_argument("--tp", type=_positive, default=1, help="ranks to split it over (1)")
     parser.add_argument("--nccl-path", default="", help="libnccl.so.2 to look at instead")
+    parser.add_argument(
+        "--comm", action="store_true", help="check and time what carries tensors between the GPUs"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     return parser.parse_args(argv)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PROBE_LIMIT_S = 120.0  # importing torch from a cold disk can take a minute
+COMM_LIMIT_S = 120.0  # every path is compiled, checked and timed
 
 TORCH = """
 import json, torch
@@ -101,6 +102,12 @@ try:
     }))
 except UnsupportedModel as error:
     print(json.dumps({"unsupported": str(error)}))
+"""
+
+COMM = """
+import sys
+from tpcomm.bench.__main__ import main
+main(["preflight", "--limit-s", sys.argv[1]])
 """
 
 

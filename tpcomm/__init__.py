@@ -16,6 +16,7 @@ from tpcomm.errors import (
     NcclNotFound,
 )
 from tpcomm.factory import BACKENDS, create_communicator, create_group_id
+from tpcomm.paths import HasTable
 from tpcomm.preflight import PathReport, preflight
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "CommTimeout",
     "Communicator",
     "CudaDriverError",
+    "HasTable",
     "NcclError",
     "NcclNotFound",
     "OpStats",

@@ -1,21 +1,15 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""One-shot all-reduce over the peers' staging memory.
+"""All-reduce over the peers' staging memory (protocol: staging_tables).
 
-A message is cut into chunks of CHUNK_BYTES, one program each. A program copies its chunk to its
-own rank's slot, raises its flag at every peer, waits for theirs, reads the chunk from every rank
-and combines it in rank order: the same additions in the same order everywhere, so the same bits.
+One-shot: every rank sends its whole message to every peer, and each combines all. One way over the
+link, world_size - 1 times the bytes.
 
-Chunk c of any message always lies at the same place, whatever the dtype, and has an epoch of its
-own that lives on the device, so that a replayed graph counts on by itself. Its slots alternate
-with the epoch. One wait a call is enough: a rank that writes its slot for epoch n has seen every
-peer's flag n - 1, which a peer raises only after it has finished reading epoch n - 2.
+Two-shot: rank j combines slice j and sends the result to all. Two ways over the link, but only
+2 (world_size - 1) / world_size times the bytes: for large messages of more than two ranks.
 
-A program waits only for the same program of its peers, so a message of more programs than run at
-once still gets through where the device starts programs in order, as NVIDIA's do.
-
-Layout of a rank's staging memory:
-    flags   int64 [world_size, num_chunks]   row r is written by rank r
-    slots   2 x slot_bytes, the first at `slots_offset`
+A program waits only for the same program of its peers, after it has sent its own part, so a message
+of more programs than run at once gets through where the device starts programs in order, as
+NVIDIA's do.
 """
 
 from __future__ import annotations
@@ -27,140 +21,297 @@ import torch
 from torch import Tensor
 
 from tpcomm.communicator import ReduceOp
-from tpcomm.triton_language import jit, tl
+from tpcomm.push_protocol import (
+    begin_call,
+    end_call,
+    float_words,
+    receive,
+    receive_sum,
+    send,
+    wipe,
+    word_row,
+)
+from tpcomm.staging_tables import CHUNK_BYTES, NUM_WARPS, StagingTables, vector_width
+from tpcomm.triton_language import Launch, jit, tl
 
-CHUNK_BYTES = 8192
-_VECTOR_BYTES = 16
-_NUM_WARPS = 8
-
-
-@dataclass(frozen=True)
-class StagingTables:
-    """What the kernel reads: fixed device addresses whose contents may change between replays.
-
-    bases: int64 [world_size], where this process has mapped each rank's staging memory.
-    epochs: int64 [num_chunks], calls that chunk c has seen.
-    abort_word: int32 [1], not zero to make every wait give up.
-    """
-
-    bases: Tensor
-    epochs: Tensor
-    abort_word: Tensor
-    rank: int
-    slots_offset: int
-    slot_bytes: int
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_WORD_TYPES = {4: "int32", 2: "int16"}
 
 
 @jit(varying=("tensor_ptr", "num_vectors", "rank"))
-def _one_shot_all_reduce_kernel(
+def _one_shot_kernel(
     tensor_ptr,
     bases_ptr,
-    epochs_ptr,
+    state_ptr,
     abort_ptr,
     num_vectors,
     rank,
-    SLOTS_OFFSET: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
+    NUM_STATES: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
-    CHUNK_BYTES: tl.constexpr,
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
     IS_MAX: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
+    WORD: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
+    program = tl.program_id(0)
     dtype = tensor_ptr.dtype.element_ty
-    offsets = tl.arange(0, CHUNK)
-    index = chunk * CHUNK + offsets
-    mask = index // VECTOR < num_vectors
+    offsets = program * CHUNK + tl.arange(0, CHUNK)
+    mask = offsets // VECTOR < num_vectors
     if VECTOR > 1:  # a hint on the argument itself is lost
         tensor_ptr = tl.multiple_of(tensor_ptr.to(tl.int64).to(tl.pointer_type(dtype)), 16)
-
-    epoch = tl.load(epochs_ptr + chunk) + 1
-    place = SLOTS_OFFSET + (epoch & 1) * SLOT_BYTES + chunk * CHUNK_BYTES
     own_base = tl.load(bases_ptr + rank)
-    own_slot = tl.multiple_of((own_base + place).to(tl.pointer_type(dtype)), 16)
-    tl.store(own_slot + offsets, tl.load(tensor_ptr + index, mask=mask), mask=mask)
-    tl.debug_barrier()  # every thread has stored before one of them releases
+    own_words = float_words(tl.load(tensor_ptr + offsets, mask=mask, other=0.0), WORD)
+    state, place, wiped = begin_call(state_ptr, SLOT_BYTES, WORLD_SIZE)
+    for step in tl.static_range(1, WORLD_SIZE):
+        base = tl.load(bases_ptr + (rank + step) % WORLD_SIZE)
+        send(word_row(base, place, rank, SLOT_BYTES, WORD) + offsets, own_words, mask)
+    word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
+    wipe(own_base, state, wiped, rank, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
+    end_call(state_ptr, state, num_vectors * (VECTOR * word_bytes), NUM_STATES, CHUNK)
+    total = receive_sum(
+        word_row(own_base, place, 0, SLOT_BYTES, WORD),
+        offsets,
+        own_words,
+        mask,
+        rank,
+        abort_ptr,
+        SLOT_BYTES // word_bytes,
+        WORLD_SIZE,
+        dtype,
+        IS_MAX,
+        CHUNK,
+    )
+    tl.store(tensor_ptr + offsets, total.to(dtype), mask=mask)
 
+
+@jit(varying=("tensor_ptr", "num_elements", "rank"))
+def _one_shot_integer_kernel(
+    tensor_ptr,
+    bases_ptr,
+    state_ptr,
+    abort_ptr,
+    num_elements,
+    rank,
+    SLOT_BYTES: tl.constexpr,
+    NUM_STATES: tl.constexpr,
+    WORLD_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IS_MAX: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    # An element goes as HALVES words of 32 bits, each in 64: a program's low halves, then its high.
+    program = tl.program_id(0)
+    dtype = tensor_ptr.dtype.element_ty
+    offsets = program * CHUNK + tl.arange(0, CHUNK)
+    mask = offsets < num_elements
+    own_base = tl.load(bases_ptr + rank)
+    values = tl.load(tensor_ptr + offsets, mask=mask, other=0).to(tl.int64)
+    wire = program * (CHUNK * HALVES) + tl.arange(0, CHUNK)
+    state, place, wiped = begin_call(state_ptr, SLOT_BYTES, WORLD_SIZE)
+    for step in tl.static_range(1, WORLD_SIZE):
+        base = tl.load(bases_ptr + (rank + step) % WORLD_SIZE)
+        row = word_row(base, place, rank, SLOT_BYTES, tl.int64) + wire
+        send(row, values & 0xFFFFFFFF, mask)
+        if HALVES == 2:
+            send(row + CHUNK, (values >> 32) & 0xFFFFFFFF, mask)
+    wipe(own_base, state, wiped, rank, SLOT_BYTES, WORLD_SIZE, CHUNK)
+    used = tl.num_programs(0) * (CHUNK * HALVES * 8)
+    end_call(state_ptr, state, used, NUM_STATES, CHUNK)
     for peer in tl.static_range(WORLD_SIZE):
-        base = tl.load(bases_ptr + peer)
-        flag = (base + (rank * NUM_CHUNKS + chunk) * 8).to(tl.pointer_type(tl.int64))
-        tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
-
-    # Read by atomics, not loads: one thread reads for all, so the threads cannot disagree.
-    for peer in tl.static_range(WORLD_SIZE):
-        flag = (own_base + (peer * NUM_CHUNKS + chunk) * 8).to(tl.pointer_type(tl.int64))
-        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-        aborted = tl.atomic_add(abort_ptr, 0, sem="acquire", scope="sys")
-        while (seen < epoch) & (aborted == 0):
-            seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-            aborted = tl.atomic_add(abort_ptr, 0, sem="acquire", scope="sys")
-    tl.debug_barrier()
-
-    first = tl.multiple_of((tl.load(bases_ptr) + place).to(tl.pointer_type(dtype)), 16)
-    total = tl.load(first + offsets, mask=mask).to(ACCUMULATOR)
-    for peer in tl.static_range(1, WORLD_SIZE):
-        base = tl.load(bases_ptr + peer)
-        slot = tl.multiple_of((base + place).to(tl.pointer_type(dtype)), 16)
-        part = tl.load(slot + offsets, mask=mask).to(ACCUMULATOR)
-        if IS_MAX:
-            total = tl.maximum(total, part, propagate_nan=tl.PropagateNan.ALL)
+        row = word_row(own_base, place, peer, SLOT_BYTES, tl.int64) + wire
+        arrives = mask & (peer != rank)
+        theirs = receive(row, arrives, abort_ptr)
+        if HALVES == 2:
+            theirs |= receive(row + CHUNK, arrives, abort_ptr) << 32
+        else:
+            theirs = theirs.to(tl.int32).to(tl.int64)
+        part = tl.where(peer == rank, values, theirs)
+        if peer == 0:
+            total = part
+        elif IS_MAX:
+            total = tl.maximum(total, part)
         else:
             total += part
-    tl.store(tensor_ptr + index, total.to(dtype), mask=mask)
-    tl.store(epochs_ptr + chunk, epoch)
+    tl.store(tensor_ptr + offsets, total.to(dtype), mask=mask)
 
 
-def one_shot_all_reduce(tensor: Tensor, op: ReduceOp, tables: StagingTables) -> Tensor:
-    """Combine `tensor` over ranks IN PLACE on the current stream; at most `slot_bytes` of it.
+@jit(varying=("tensor_ptr", "num_vectors", "slice_vectors", "rank"))
+def _two_shot_kernel(
+    tensor_ptr,
+    bases_ptr,
+    state_ptr,
+    abort_ptr,
+    num_vectors,
+    slice_vectors,
+    rank,
+    SLOT_BYTES: tl.constexpr,
+    NUM_STATES: tl.constexpr,
+    WORLD_SIZE: tl.constexpr,
+    PADDED_WORLD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    IS_MAX: tl.constexpr,
+    WORD: tl.constexpr,
+):
+    # Rows hold what is to be combined, then from `results` on what has been.
+    program = tl.program_id(0)
+    dtype = tensor_ptr.dtype.element_ty
+    offsets = program * CHUNK + tl.arange(0, CHUNK)
+    results = tl.num_programs(0) * CHUNK
+    in_slice = offsets // VECTOR < slice_vectors
+    slice_len = slice_vectors * VECTOR
+    if VECTOR > 1:
+        tensor_ptr = tl.multiple_of(tensor_ptr.to(tl.int64).to(tl.pointer_type(dtype)), 16)
+    own_base = tl.load(bases_ptr + rank)
+    state, place, wiped = begin_call(state_ptr, SLOT_BYTES, WORLD_SIZE)
+    for step in tl.static_range(1, WORLD_SIZE):
+        owner = (rank + step) % WORLD_SIZE
+        index = owner * slice_len + offsets
+        inside = in_slice & (owner * slice_vectors + offsets // VECTOR < num_vectors)
+        words = float_words(tl.load(tensor_ptr + index, mask=inside, other=0.0), WORD)
+        base = tl.load(bases_ptr + owner)
+        send(word_row(base, place, rank, SLOT_BYTES, WORD) + offsets, words, inside)
 
-    Safe in graph capture: nothing on the host changes from call to call. All ranks must launch
-    the same calls in the same order, each from one stream. After an abort the contents are
-    undefined.
+    own_index = rank * slice_len + offsets
+    mask = in_slice & (rank * slice_vectors + offsets // VECTOR < num_vectors)
+    own_words = float_words(tl.load(tensor_ptr + own_index, mask=mask, other=0.0), WORD)
+    word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
+    row_words: tl.constexpr = SLOT_BYTES // word_bytes
+    wipe(own_base, state, wiped, rank, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
+    end_call(state_ptr, state, results * (2 * word_bytes), NUM_STATES, CHUNK)
+    first_row = word_row(own_base, place, 0, SLOT_BYTES, WORD)
+    total = receive_sum(
+        first_row, offsets, own_words, mask, rank, abort_ptr, row_words, WORLD_SIZE, dtype,
+        IS_MAX, CHUNK,
+    )  # fmt: skip
+    combined = float_words(total.to(dtype), WORD)
+    for step in tl.static_range(1, WORLD_SIZE):
+        base = tl.load(bases_ptr + (rank + step) % WORLD_SIZE)
+        row = word_row(base, place, rank, SLOT_BYTES, WORD)
+        send(row + results + offsets, combined, mask)
+    tl.store(tensor_ptr + own_index, combined.to(dtype, bitcast=True), mask=mask)
+
+    owners = tl.arange(0, PADDED_WORLD)[:, None]
+    vectors = owners * slice_vectors + (offsets // VECTOR)[None, :]
+    arrives = in_slice[None, :] & (vectors < num_vectors) & (owners != rank) & (owners < WORLD_SIZE)
+    gathered = receive(
+        first_row + owners * row_words + (results + offsets)[None, :], arrives, abort_ptr
+    )
+    target = tensor_ptr + owners * slice_len + offsets[None, :]
+    tl.store(target, gathered.to(dtype, bitcast=True), mask=arrives)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program carries: `num_bytes` of a row, by so many warps of 32 threads.
+
+    A warp moves 512 bytes at once. At most one program per entry of `state` may run.
     """
-    assert 0 < tensor.nbytes <= tables.slot_bytes
-    kernel, arguments = launch_arguments(tensor, op, tables)
-    grid = (-(-tensor.nbytes // CHUNK_BYTES),)
-    kernel[grid](*arguments, num_warps=_NUM_WARPS)
+
+    num_bytes: int = CHUNK_BYTES
+    num_warps: int = NUM_WARPS
+
+
+def one_shot_bytes(tensor: Tensor) -> int:
+    """What a one-shot all-reduce of `tensor` needs of a slot."""
+    return tensor.nbytes if tensor.dtype in _FLOATS else tensor.numel() * _wire_bytes(tensor.dtype)
+
+
+def two_shot_bytes(tensor: Tensor, world_size: int) -> int:
+    """What a two-shot all-reduce of `tensor` needs of a slot."""
+    return 2 * _num_slice_tiles(tensor, world_size, CHUNK_BYTES) * CHUNK_BYTES
+
+
+def one_shot_all_reduce(
+    tensor: Tensor, op: ReduceOp, tables: StagingTables, tile: Tile = Tile()
+) -> Tensor:
+    """Combine `tensor` (not empty, contiguous) over ranks IN PLACE on the current stream.
+
+    `one_shot_bytes` may be at most `slot_bytes`. Safe in graph capture. All ranks issue the same
+    calls over their tables in the same order, each from one stream at a time. After an abort the
+    contents are undefined.
+    """
+    one_shot_launch(tensor, op, tables, tile).run()
     return tensor
 
 
-def compile_all_reduce(tensor: Tensor, op: ReduceOp, tables: StagingTables) -> None:
-    """Compile the variant that `tensor` needs, without launching it."""
-    kernel, arguments = launch_arguments(tensor, op, tables)
-    kernel.warmup(*arguments, num_warps=_NUM_WARPS, grid=(1,))
+def two_shot_all_reduce(
+    tensor: Tensor, op: ReduceOp, tables: StagingTables, tile: Tile = Tile()
+) -> Tensor:
+    """As one_shot_all_reduce, for floats; `two_shot_bytes` may be at most `slot_bytes`."""
+    two_shot_launch(tensor, op, tables, tile).run()
+    return tensor
 
 
-def launch_arguments(
-    tensor: Tensor, op: ReduceOp, tables: StagingTables
-) -> tuple[Any, tuple[object, ...]]:
-    """The kernel and its arguments, in order. Two variants a dtype: whole vectors, or not."""
-    itemsize = tensor.dtype.itemsize
-    aligned = tensor.data_ptr() % _VECTOR_BYTES == 0 and tensor.nbytes % _VECTOR_BYTES == 0
-    vector = _VECTOR_BYTES // itemsize if aligned else 1
+def one_shot_launch(
+    tensor: Tensor, op: ReduceOp, tables: StagingTables, tile: Tile = Tile()
+) -> Launch:
+    """What `one_shot_all_reduce` runs; two variants a float dtype: whole vectors, or not."""
+    assert 0 < one_shot_bytes(tensor) <= tables.slot_bytes, (tensor.shape, tables.slot_bytes)
+    num_programs = -(-one_shot_bytes(tensor) // tile.num_bytes)
+    assert num_programs <= tables.state.numel(), num_programs
+    addresses = (tensor, tables.bases, tables.state, tables.abort_word)
+    sizes = (tables.slot_bytes, tables.state.numel(), tables.world_size)
+    is_max = op == ReduceOp.MAX
+    shape: tuple[object, ...]
+    arguments: tuple[object, ...]
+    if tensor.dtype not in _FLOATS:
+        wire_bytes = _wire_bytes(tensor.dtype)
+        count = (tensor.numel(), tables.rank)
+        shape = (tile.num_bytes // wire_bytes, is_max, wire_bytes // 8)
+        arguments = (*addresses, *count, *sizes, *shape)
+        return Launch(_one_shot_integer_kernel, arguments, num_programs, tile.num_warps)
+    vector = vector_width(tensor)
+    count = (tensor.numel() // vector, tables.rank)
+    chunk = tile.num_bytes // tensor.dtype.itemsize
+    shape = (chunk, vector, is_max, word_type(tensor.dtype))
+    arguments = (*addresses, *count, *sizes, *shape)
+    return Launch(_one_shot_kernel, arguments, num_programs, tile.num_warps)
+
+
+def two_shot_launch(
+    tensor: Tensor, op: ReduceOp, tables: StagingTables, tile: Tile = Tile()
+) -> Launch:
+    """What `two_shot_all_reduce` runs."""
+    world_size = tables.world_size
+    assert tensor.numel() and tensor.dtype in _FLOATS, (tensor.shape, tensor.dtype)
+    num_programs = _num_slice_tiles(tensor, world_size, tile.num_bytes)
+    assert 2 * num_programs * tile.num_bytes <= tables.slot_bytes, tensor.shape
+    assert num_programs <= tables.state.numel(), num_programs
+    vector = vector_width(tensor)
+    num_vectors = tensor.numel() // vector
     arguments = (
         tensor,
         tables.bases,
-        tables.epochs,
+        tables.state,
         tables.abort_word,
-        tensor.numel() // vector,
+        num_vectors,
+        -(-num_vectors // world_size),
         tables.rank,
-        tables.slots_offset,
         tables.slot_bytes,
-        tables.epochs.numel(),
-        tables.bases.numel(),
-        CHUNK_BYTES,
-        CHUNK_BYTES // itemsize,
+        tables.state.numel(),
+        world_size,
+        1 << (world_size - 1).bit_length(),
+        tile.num_bytes // tensor.dtype.itemsize,
         vector,
         op == ReduceOp.MAX,
-        _accumulator(tensor.dtype),
+        word_type(tensor.dtype),
     )
-    return _one_shot_all_reduce_kernel, arguments
+    return Launch(_two_shot_kernel, arguments, num_programs, tile.num_warps)
 
 
-def _accumulator(dtype: torch.dtype) -> object:
-    """float32 for floats, integers as they are."""
-    integers = {torch.int32: tl.int32, torch.int64: tl.int64}
-    return integers.get(dtype, tl.float32)
+def word_type(dtype: torch.dtype) -> Any:
+    """The integer that a float of this dtype is sent as."""
+    return getattr(tl, _WORD_TYPES[dtype.itemsize])
+
+
+def _wire_bytes(dtype: torch.dtype) -> int:
+    """What an integer takes in a row: twice its own size."""
+    return 2 * dtype.itemsize
+
+
+def _num_slice_tiles(tensor: Tensor, world_size: int, tile_bytes: int) -> int:
+    vector = vector_width(tensor)
+    slice_vectors = -(-(tensor.numel() // vector) // world_size)
+    return -(-slice_vectors * vector * tensor.dtype.itemsize // tile_bytes)

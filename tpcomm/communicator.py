@@ -1,7 +1,8 @@
 """The contract every backend keeps, and the checks they share.
 
 One aliasing rule holds everywhere: `all_reduce` and `broadcast` work in place and return their
-argument; `all_gather` writes `out`, which may not overlap its input. Tensors are contiguous.
+argument; `all_gather` writes `out`, which may not overlap its input; `all_reduce_add_rms_norm`
+updates the residual in place and returns a new tensor. Tensors are contiguous.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ DEFAULT_STAGING_BYTES = 4 << 20
 class _Measured(Protocol):
     stats: CommStats
 
+
+AddRmsNorm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 S = TypeVar("S", bound=_Measured)
 P = ParamSpec("P")
@@ -94,6 +97,23 @@ class Communicator(Protocol):
         """Return `[world_size, *tensor.shape]`, row r being rank r's tensor; any dtype.
 
         `out`, when given, is filled and returned; it may not overlap `tensor`.
+        """
+        ...
+
+    def all_reduce_add_rms_norm(
+        self,
+        tensor: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        add_rms_norm: AddRmsNorm = ...,
+    ) -> Tensor:
+        """Sum `tensor` over ranks, add it to `residual` IN PLACE, return the RMS norm of that.
+
+        tensor, residual [num_tokens, hidden_size], weight [hidden_size], one float dtype. The
+        result is a new tensor, the same bits on every rank; `tensor` is left undefined.
+        `add_rms_norm(sum, residual, weight, eps)` does the second half where the backend has no
+        kernel for it, as on CPU; by default the reference in tpcomm.norm_kernel.
         """
         ...
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tpcomm.communicator import (
+    AddRmsNorm,
     CommStats,
     ReduceOp,
     as_bytes,
@@ -28,6 +29,7 @@ from tpcomm.communicator import (
     timed,
 )
 from tpcomm.errors import CommAborted, CommError, CommTimeout
+from tpcomm.norm_kernel import add_rms_norm_reference
 from tpcomm.paths import CommPath
 from tpcomm.shm_segment import ABORT_WORD, ShmSegment, sequence_word, signature_word
 
@@ -92,6 +94,16 @@ class ShmCommunicator:
             for row, slot in zip(target, slots, strict=True):
                 row[begin : begin + step].copy_(slot)
         return out
+
+    def all_reduce_add_rms_norm(
+        self,
+        tensor: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        add_rms_norm: AddRmsNorm = add_rms_norm_reference,
+    ) -> Tensor:
+        return add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
 
     @timed
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:

@@ -21,6 +21,7 @@ import torch.distributed
 from torch import Tensor
 
 from tpcomm.communicator import (
+    AddRmsNorm,
     CommStats,
     ReduceOp,
     as_bytes,
@@ -33,6 +34,7 @@ from tpcomm.communicator import (
 )
 from tpcomm.errors import CommAborted, CommError, CommTimeout
 from tpcomm.group_id import GroupId
+from tpcomm.norm_kernel import add_rms_norm_reference
 from tpcomm.paths import CommPath
 
 _c10d: Any = torch.distributed  # its stubs leave out the stores and ProcessGroupGloo's methods
@@ -81,6 +83,16 @@ class GlooCommunicator:
         if tensor.numel():
             self._gather_bytes(tensor, out)
         return out
+
+    def all_reduce_add_rms_norm(
+        self,
+        tensor: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        add_rms_norm: AddRmsNorm = add_rms_norm_reference,
+    ) -> Tensor:
+        return add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
 
     @timed
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:

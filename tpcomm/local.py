@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tpcomm.communicator import (
+    AddRmsNorm,
     CommStats,
     ReduceOp,
     check_layout,
@@ -14,6 +15,7 @@ from tpcomm.communicator import (
     gather_output,
 )
 from tpcomm.errors import CommAborted, CommError
+from tpcomm.norm_kernel import add_rms_norm_reference
 from tpcomm.paths import CommPath
 
 
@@ -40,6 +42,16 @@ class LocalCommunicator:
         self.stats.all_gather.add(tensor.nbytes)
         out[0].copy_(tensor)
         return out
+
+    def all_reduce_add_rms_norm(
+        self,
+        tensor: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        add_rms_norm: AddRmsNorm = add_rms_norm_reference,
+    ) -> Tensor:
+        return add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         self._check(tensor)

@@ -17,7 +17,9 @@ from ctypes import c_void_p
 import torch
 from torch import Tensor
 
+from tpcomm import norm_kernel
 from tpcomm.communicator import (
+    AddRmsNorm,
     CommStats,
     ReduceOp,
     as_bytes,
@@ -27,8 +29,10 @@ from tpcomm.communicator import (
     gather_output,
 )
 from tpcomm.errors import CommAborted, CommError, CommTimeout
+from tpcomm.graph_timer import measure_in_graph
 from tpcomm.nccl_api import DATA_TYPES, DataType, Nccl, RedOp
 from tpcomm.paths import CommPath
+from tpcomm.triton_language import HAS_TRITON
 
 _RED_OPS = {ReduceOp.SUM: RedOp.SUM, ReduceOp.MAX: RedOp.MAX}
 _POLL_SECONDS = 0.0001
@@ -83,6 +87,19 @@ class NcclCommunicator:
             self._enqueue_all_gather(tensor, out)
         return out
 
+    def all_reduce_add_rms_norm(
+        self,
+        tensor: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        add_rms_norm: AddRmsNorm = norm_kernel.add_rms_norm_reference,
+    ) -> Tensor:
+        # Our own norm has the same bits alone as fused: which of the two is faster must not show.
+        if HAS_TRITON and not norm_kernel.fused_refusal(tensor, residual, weight):
+            add_rms_norm = norm_kernel.add_rms_norm
+        return add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
+
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         check_layout(tensor, self.device)
         check_root(root, self.world_size)
@@ -124,7 +141,8 @@ class NcclCommunicator:
                 "nccl",
                 self.device,
                 self._enqueue_all_reduce,
-                wait=lambda timeout_s: self.wait_stream(timeout_s, "the all-reduce"),
+                wait=lambda timeout_s: self.wait_stream(timeout_s, "NCCL"),
+                measure=measure_in_graph,
             )
         ]
 

@@ -1,40 +1,49 @@
-"""The ways a communicator can carry an all-reduce, as preflight sees them."""
+"""The ways a communicator can carry a collective, as preflight sees them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from tpcomm.communicator import ReduceOp
+from tpcomm.communicator import REDUCIBLE_DTYPES
+from tpcomm.size_table import ALL_REDUCE, SizeTable
 
 
 @dataclass(frozen=True)
 class CommPath:
     """One way, callable by itself.
 
-    all_reduce: in place, like Communicator.all_reduce.
+    call: by operation: all_reduce (tensor, op), in place; all_gather (tensor), a new tensor;
+        all_reduce_add_rms_norm (tensor, residual, weight, eps), a new tensor.
     device: where its tensors live.
-    max_bytes: the largest message it takes; 0 for any.
+    max_bytes: the largest message it takes; 0 for any. Integers may take no more than a quarter.
+    dtypes: what an all_reduce of it takes.
     absent: why the way does not exist in this group; the rest is unused then.
-    prepare: compiles or allocates for a tensor, outside the time limit.
+    prepare: takes what `call` takes; compiles or allocates for it, outside the time limit.
     wait: returns once what was enqueued is done; CommTimeout after so many seconds.
     rescue: frees what hangs after `wait` timed out, without harm to other ways.
-    switch_off: takes the way out of use on this rank, for the reason given.
+    switch_off: takes the way out of use on this rank, for the reason given; `hung` if a call
+        of it did not end on some rank.
+    measure: microseconds per call of a function inside a graph, waiting at most so many seconds.
+        Collective. None where there is nothing to choose between.
     """
 
     name: str
     device: torch.device
-    all_reduce: Callable[[Tensor, ReduceOp], Tensor] | None
+    call: Callable[..., Tensor] | None
+    operation: str = ALL_REDUCE
     max_bytes: int = 0
+    dtypes: Sequence[torch.dtype] = REDUCIBLE_DTYPES
     absent: str = ""
-    prepare: Callable[[Tensor, ReduceOp], None] | None = None
+    prepare: Callable[..., object] | None = None
     wait: Callable[[float], None] | None = None
     rescue: Callable[[float], None] | None = None
-    switch_off: Callable[[str], None] | None = None
+    switch_off: Callable[[str, bool], None] | None = None
+    measure: Callable[[Callable[[], object], float], float] | None = None
 
 
 @runtime_checkable
@@ -47,5 +56,12 @@ class HasPaths(Protocol):
     def world_size(self) -> int: ...
 
     def paths(self) -> list[CommPath]:
-        """The ways an all_reduce may take; the backend's own comes last."""
+        """The ways collectives may take; the backend's own all-reduce comes last."""
         ...
+
+
+@runtime_checkable
+class HasTable(Protocol):
+    """A communicator that chooses its paths by a table."""
+
+    table: SizeTable

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from tpcomm.communicator import ReduceOp, check_layout, check_reducible
+from tpcomm import size_table
+from tpcomm.communicator import AddRmsNorm, ReduceOp, check_layout, check_reducible, gather_output
 from tpcomm.cuda_driver import load_cuda_driver
 from tpcomm.errors import CommError, CommTimeout
+from tpcomm.graph_timer import measure_in_graph
 from tpcomm.nccl import NcclCommunicator
 from tpcomm.nccl_api import Nccl
+from tpcomm.norm_kernel import add_rms_norm_reference
 from tpcomm.paths import CommPath
+from tpcomm.size_table import SizeTable, unmeasured_table
+from tpcomm.staged_ways import STAGED_WAYS, staged_ways
 from tpcomm.staging import Staging, host_identity
 
 
 class StagedCommunicator(NcclCommunicator):
-    """all_reduce of at most `staging_bytes` goes through staging memory, larger ones to NCCL.
+    """Messages of at most `staging_bytes` go through staging memory where `table` says so.
 
     Every rank takes the same way: whether staging is there is agreed by NCCL when the group
-    forms, and nothing but `preflight`, which agrees too, changes it later. `staging_absent` says
-    why it is not used.
+    forms, and nothing but `preflight`, which agrees too, changes it or the table later.
+    `staging_absent` says why it is not used.
     """
 
     def __init__(
@@ -36,17 +43,63 @@ class StagedCommunicator(NcclCommunicator):
         super().__init__(nccl, unique_id, rank, world_size, device, timeout_s)
         self.staging_absent = ""
         self._staging: Staging | None = None
+        self.table = SizeTable(())
+        self._switched_off: dict[tuple[str, str], str] = {}
         self._form_staging(staging_bytes, name)
+
+    @property
+    def staging(self) -> Staging | None:
+        """The staging memory, for who calls its kernels by themselves; None where it is off."""
+        return self._staging
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
         staging = self._staging
-        if staging is None or not 0 < tensor.nbytes <= staging.limit_bytes:
+        path = self.table.path(size_table.ALL_REDUCE, tensor.nbytes, size_table.NCCL)
+        if staging is None or path == size_table.NCCL:
             return super().all_reduce(tensor, op)
         check_layout(tensor, self.device)
         check_reducible(tensor)
+        if path == size_table.TWO_SHOT and staging.takes_two_shot(tensor):
+            call = staging.two_shot
+        elif staging.takes_one_shot(tensor):
+            call = staging.one_shot
+        else:  # empty, or integers, which take twice their size in staging memory
+            return super().all_reduce(tensor, op)
         self._usable()
         self.stats.all_reduce.add(tensor.nbytes)
-        return staging.all_reduce(tensor, op)
+        return call(tensor, op)
+
+    def all_gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        staging = self._staging
+        path = self.table.path(size_table.ALL_GATHER, tensor.nbytes, size_table.NCCL)
+        if staging is None or path == size_table.NCCL or not staging.takes_all_gather(tensor):
+            return super().all_gather(tensor, out)
+        check_layout(tensor, self.device)
+        self._usable()
+        out = gather_output(tensor, out, self.world_size)
+        self.stats.all_gather.add(tensor.nbytes)
+        return staging.all_gather(tensor, out)
+
+    def all_reduce_add_rms_norm(
+        self,
+        tensor: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        add_rms_norm: AddRmsNorm = add_rms_norm_reference,
+    ) -> Tensor:
+        staging = self._staging
+        path = self.table.path(size_table.ADD_RMS_NORM, tensor.nbytes, size_table.SEPARATE)
+        if (
+            staging is None
+            or path != size_table.FUSED
+            or not staging.takes_add_rms_norm(tensor, residual, weight)
+        ):
+            return super().all_reduce_add_rms_norm(tensor, residual, weight, eps, add_rms_norm)
+        check_layout(tensor, self.device)
+        self._usable()
+        self.stats.all_reduce.add(tensor.nbytes)
+        return staging.all_reduce_add_rms_norm(tensor, residual, weight, eps)
 
     def abort(self) -> None:
         """Free NCCL's kernels as NcclCommunicator does, and our own by their abort word."""
@@ -66,22 +119,36 @@ class StagedCommunicator(NcclCommunicator):
             self._staging = None
 
     def paths(self) -> list[CommPath]:
-        """`staged`, then `nccl`."""
+        """Both ways of each operation, and last NCCL's all-reduce, which is always there."""
         staging = self._staging
-        if staging is None:
-            staged = CommPath("staged", self.device, None, absent=self.staging_absent)
-        else:
-            staged = CommPath(
-                "staged",
-                self.device,
-                staging.all_reduce,
-                max_bytes=staging.limit_bytes,
-                prepare=staging.compile,
-                wait=lambda timeout_s: self._wait_idle(timeout_s, "the staged all-reduce"),
-                rescue=self._rescue_staging,
-                switch_off=self._switch_staging_off,
-            )
-        return [staged, *super().paths()]
+        ways = [] if staging is None else staged_ways(staging)
+        absent = [
+            CommPath(name, self.device, None, operation, absent=self.staging_absent)
+            for operation, name in STAGED_WAYS
+            if staging is None
+        ]
+        staged = [self._guarded(way) for way in ways]
+        (nccl,) = super().paths()
+        gather = replace(nccl, operation=size_table.ALL_GATHER, call=super().all_gather)
+        separate = replace(
+            nccl,
+            name=size_table.SEPARATE,
+            operation=size_table.ADD_RMS_NORM,
+            call=super().all_reduce_add_rms_norm,
+        )
+        others = [gather, *([separate] if staging is not None else [])]
+        return [*absent, *staged, *others, nccl]
+
+    def _guarded(self, way: CommPath) -> CommPath:
+        reason = self._switched_off.get((way.operation, way.name), "")
+        return replace(
+            way,
+            absent=reason,
+            wait=lambda timeout_s: self._wait_idle(timeout_s, f"{way.operation} by {way.name}"),
+            rescue=self._rescue_staging,
+            switch_off=lambda why, hung: self._switch_off(way, why, hung),
+            measure=measure_in_graph,
+        )
 
     def _form_staging(self, staging_bytes: int, name: str) -> None:
         """Make, exchange and map the buffers, agreeing after each step that no rank failed."""
@@ -106,6 +173,8 @@ class StagedCommunicator(NcclCommunicator):
             staging.close()
             staging = None
         self._staging, self.staging_absent = staging, reason
+        if staging is not None:
+            self.table = unmeasured_table(self.world_size, staging.limit_bytes)
 
     def _cannot_share(self, staging_bytes: int) -> str:
         """Why the ranks cannot share memory, as all of them see alike; empty if they may."""
@@ -134,6 +203,13 @@ class StagedCommunicator(NcclCommunicator):
         if not self._stream_is_idle(timeout_s):
             raise CommTimeout("a staged all-reduce did not end by its abort word")
 
-    def _switch_staging_off(self, reason: str) -> None:
-        # The memory stays mapped: a peer's kernel that was late may still write its flags here.
-        self._staging, self.staging_absent = None, reason
+    def _switch_off(self, way: CommPath, reason: str, hung: bool) -> None:
+        """One way; all that use staging memory if calls hung, since nobody knows its state then.
+
+        The memory stays mapped: a peer's kernel that was late may still write to it.
+        """
+        self._switched_off[way.operation, way.name] = reason
+        self.table = self.table.without(way.operation, way.name)
+        if hung:
+            self._staging, self.staging_absent = None, reason
+            self.table = SizeTable(())

@@ -3,7 +3,7 @@
 Made once, before any graph is captured, and never grown. The memory comes from cuMemCreate and
 travels as a file descriptor, so that a survivor can exchange buffers with a new peer later, which
 CUDA's older IPC and torch's symmetric memory do not allow. Small tensors are combined through it
-by kernels of our own (allreduce_kernels).
+by kernels of our own; staging_tables has their protocol.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import torch
 from torch import Tensor
 
 from tpcomm.allreduce_kernels import (
-    CHUNK_BYTES,
-    StagingTables,
-    compile_all_reduce,
     one_shot_all_reduce,
+    one_shot_bytes,
+    two_shot_all_reduce,
+    two_shot_bytes,
 )
 from tpcomm.communicator import ReduceOp
 from tpcomm.cuda_driver import CudaDriver
 from tpcomm.cuda_vmm import SharedAllocation, tensor_at
 from tpcomm.errors import CommError
 from tpcomm.fd_exchange import exchange_fds
+from tpcomm.gather_kernel import gather_bytes, small_all_gather
+from tpcomm.norm_kernel import all_reduce_add_rms_norm, fused_refusal
+from tpcomm.staging_tables import CHUNK_BYTES, make_tables, staging_size
 from tpcomm.triton_language import require_triton
 
-_FLAG_BYTES = 8
-_ALIGNMENT = 4096
+_FREE = 0xFF  # every byte of a word that nothing was sent to
 
 
 class Staging:
@@ -58,27 +60,18 @@ class Staging:
         if self.limit_bytes == 0:
             raise CommError(f"staging_bytes {staging_bytes} is below one chunk of {CHUNK_BYTES}")
         self._world_size = world_size
-        self._device = device
+        self.device = device
         self._driver = driver
-        num_chunks = self.limit_bytes // CHUNK_BYTES
-        flag_bytes = _round_up(world_size * num_chunks * _FLAG_BYTES, _ALIGNMENT)
-        size = flag_bytes + 2 * self.limit_bytes
+        size = staging_size(world_size, self.limit_bytes)
         self._own = SharedAllocation(
             _round_up(size, driver.granularity(device.index, exportable=True)), device, driver
         )
         self._peers: list[SharedAllocation] = []
-        tensor_at(self._own.address, flag_bytes, device).zero_()
+        tensor_at(self._own.address, self._own.num_bytes, device).fill_(_FREE)
         self._abort_stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._raised = torch.ones(1, dtype=torch.int32).pin_memory()
-        self.tables = StagingTables(
-            bases=torch.zeros(world_size, dtype=torch.int64, device=device),
-            epochs=torch.zeros(num_chunks, dtype=torch.int64, device=device),
-            abort_word=torch.zeros(1, dtype=torch.int32, device=device),
-            rank=rank,
-            slots_offset=flag_bytes,
-            slot_bytes=self.limit_bytes,
-        )
-        torch.cuda.synchronize(device)  # the flags are zero before any peer can raise one
+        self.tables = make_tables(world_size, rank, self.limit_bytes, device)
+        torch.cuda.synchronize(device)  # the memory is ready before any peer can write to it
 
     def connect(self, name: str, timeout_s: float) -> None:
         """Exchange descriptors with the other ranks and map their buffers. Collective.
@@ -99,17 +92,48 @@ class Staging:
             for fd in table.values():
                 os.close(fd)
         self.tables.bases.copy_(torch.tensor(addresses, dtype=torch.int64))
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp) -> Tensor:
-        """Combine at most `limit_bytes` IN PLACE on the current stream."""
-        with torch.cuda.device(self._device):  # Triton launches on the current device
+    def takes_one_shot(self, tensor: Tensor) -> bool:
+        """Whether `one_shot` may be called with this tensor."""
+        return 0 < one_shot_bytes(tensor) <= self.limit_bytes
+
+    def takes_two_shot(self, tensor: Tensor) -> bool:
+        """Whether `two_shot` may be called with this tensor."""
+        fits = two_shot_bytes(tensor, self._world_size) <= self.limit_bytes
+        return tensor.dtype.is_floating_point and tensor.numel() > 0 and fits
+
+    def takes_all_gather(self, tensor: Tensor) -> bool:
+        """Whether `all_gather` may be called with this tensor."""
+        return 0 < gather_bytes(tensor) <= self.limit_bytes
+
+    def takes_add_rms_norm(self, tensor: Tensor, residual: Tensor, weight: Tensor) -> bool:
+        """Whether `all_reduce_add_rms_norm` may be called with these tensors."""
+        if fused_refusal(tensor, residual, weight):
+            return False
+        return 0 < tensor.nbytes <= self.limit_bytes and len(tensor) <= self.tables.state.numel()
+
+    def one_shot(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        """Combine IN PLACE on the current stream."""
+        with torch.cuda.device(self.device):  # Triton launches on the current device
             return one_shot_all_reduce(tensor, op, self.tables)
 
-    def compile(self, tensor: Tensor, op: ReduceOp) -> None:
-        """Compile what `all_reduce(tensor, op)` will launch."""
-        with torch.cuda.device(self._device):
-            compile_all_reduce(tensor, op, self.tables)
+    def two_shot(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        """Combine IN PLACE on the current stream."""
+        with torch.cuda.device(self.device):
+            return two_shot_all_reduce(tensor, op, self.tables)
+
+    def all_gather(self, tensor: Tensor, out: Tensor) -> Tensor:
+        """Fill `out`, [world_size, *tensor.shape], on the current stream."""
+        with torch.cuda.device(self.device):
+            return small_all_gather(tensor, out, self.tables)
+
+    def all_reduce_add_rms_norm(
+        self, tensor: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> Tensor:
+        """Sum, add to `residual` IN PLACE and return the norm of that, on the current stream."""
+        with torch.cuda.device(self.device):
+            return all_reduce_add_rms_norm(tensor, residual, weight, eps, self.tables)
 
     def abort(self) -> None:
         """Make every waiting and future kernel of this rank give up."""
@@ -126,7 +150,7 @@ class Staging:
     def _map_peer(self, peer: int, fd: int) -> int:
         if peer == self.tables.rank:
             return self._own.address
-        allocation = SharedAllocation(self._own.num_bytes, self._device, self._driver, fd)
+        allocation = SharedAllocation(self._own.num_bytes, self.device, self._driver, fd)
         self._peers.append(allocation)
         return allocation.address
 

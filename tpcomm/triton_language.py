@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tpcomm.errors import CommError
@@ -35,3 +36,26 @@ def jit(*, varying: Sequence[str]) -> Callable[[Callable[..., Any]], Any]:
         return triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(function)
 
     return declare
+
+
+def device_function(function: Callable[..., Any]) -> Any:
+    """Declare a function that kernels call; without Triton it stays as it is."""
+    return triton.jit(function) if HAS_TRITON else function
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its arguments in order, and how many programs of how many warps run it."""
+
+    kernel: Any
+    arguments: tuple[object, ...]
+    num_programs: int
+    num_warps: int
+
+    def run(self) -> None:
+        """Enqueue on the current stream of the current device."""
+        self.kernel[(self.num_programs,)](*self.arguments, num_warps=self.num_warps)
+
+    def compile(self) -> Any:
+        """Compile the variant that `run` needs, without launching it."""
+        return self.kernel.warmup(*self.arguments, num_warps=self.num_warps, grid=(1,))

@@ -10,6 +10,8 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, start_http_server
 
+from protos.lockstep.v1 import worker_pb2
+
 # Read from decimal text: products of powers of ten would be labels like 0.00030000000000000003.
 _STEP_BUCKETS_S = (
     *(float(f"{base}e{power}") for power in range(-4, 1) for base in (1, 2, 3, 5, 7)),
@@ -45,6 +47,16 @@ class WorkerMetrics:
         self._all_reduces = Gauge(
             "lockstep_all_reduces", "All-reduces run in this epoch.", labels, registry=registry
         )
+        way = [*labels, "operation", "path"]
+        self._path_usable = Gauge(
+            "lockstep_comm_path_usable", "1 if preflight found it sound.", way, registry=registry
+        )
+        self._path_seconds = Gauge(
+            "lockstep_comm_path_seconds",
+            "One call inside a graph at start-up, slowest rank, by input bytes.",
+            [*way, "bytes"],
+            registry=registry,
+        )
         self._labels = {"model_name": model_name, "rank": "0"}
         self._server: WSGIServer
         self._thread: threading.Thread
@@ -57,7 +69,8 @@ class WorkerMetrics:
 
     def set_rank(self, rank: int) -> None:
         """Labels everything from now on with this rank."""
-        for metric in (self._step, self._memory, self._phase, self._all_reduces):
+        metrics = (self._step, self._memory, self._phase, self._all_reduces)
+        for metric in (*metrics, self._path_usable, self._path_seconds):
             metric.clear()
         self._labels = {**self._labels, "rank": str(rank)}
 
@@ -69,6 +82,15 @@ class WorkerMetrics:
         """Shows the memory ledger, bytes by kind."""
         for kind, num_bytes in by_kind.items():
             self._memory.labels(**self._labels, kind=kind).set(num_bytes)
+
+    def set_paths(self, preflight: worker_pb2.PreflightResponse) -> None:
+        """Shows which communication paths are sound, and how long they take."""
+        for path in preflight.paths:
+            labels = {**self._labels, "operation": path.operation, "path": path.path}
+            self._path_usable.labels(**labels).set(path.is_usable)
+            for time in path.times:
+                seconds = time.microseconds * 1e-6
+                self._path_seconds.labels(**labels, bytes=str(time.byte_count)).set(seconds)
 
     def observe_step(self, seconds: float) -> None:
         """Counts a step."""

@@ -28,6 +28,7 @@ from worker.model_runner import ModelRunner
 from worker.models.spec import ModelSpec
 from worker.models.transformer import Transformer
 from worker.ops import cpu_ops, cuda_ops
+from worker.path_message import preflight_response
 from worker.sampling.tables import SlotSampling
 from worker.sharding import ShardSpec, make_shard_spec
 from worker.step_graphs import StepGraphs
@@ -147,12 +148,11 @@ class Rank:
         self.phase = worker_pb2.WORKER_PHASE_JOINED
         return time.monotonic() - started
 
-    def preflight(self, timeout_s: float) -> list[worker_pb2.PathReport]:
-        """Checks every communication path. Collective."""
-        return [
-            worker_pb2.PathReport(path=report.path, is_usable=report.usable, detail=report.detail)
-            for report in tpcomm.preflight(self._need_comm(), timeout_s)
-        ]
+    def preflight(self, timeout_s: float) -> worker_pb2.PreflightResponse:
+        """Checks and times every communication path. Collective."""
+        comm, dtype = self._need_comm(), _DTYPES[self._need_loaded().config.dtype]
+        reports = tpcomm.preflight(comm, timeout_s, self.spec.hidden_size, dtype)
+        return preflight_response(comm, reports)
 
     def capture(self) -> worker_pb2.CaptureResponse:
         """Builds tables, warms up, captures graphs and says what KV cache fits. Collective."""

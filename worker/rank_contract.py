@@ -108,7 +108,7 @@ class Rank(Protocol):
         """Becomes part of the group; returns the seconds it took."""
         ...
 
-    def preflight(self, timeout_s: float) -> list[worker_pb2.PathReport]:
+    def preflight(self, timeout_s: float) -> worker_pb2.PreflightResponse:
         """Checks every communication path."""
         ...
 

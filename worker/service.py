@@ -94,10 +94,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def Preflight(
         self, request: worker_pb2.PreflightRequest, context: Context
     ) -> worker_pb2.PreflightResponse:
-        paths = await self._phase(
+        response = await self._phase(
             request.epoch, context, self._rank.preflight, request.timeout_seconds
         )
-        return worker_pb2.PreflightResponse(paths=paths)
+        self._metrics.set_paths(response)
+        return response
 
     async def Capture(
         self, request: worker_pb2.CaptureRequest, context: Context

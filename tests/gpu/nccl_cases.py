@@ -9,13 +9,74 @@ import torch
 from torch import Tensor
 
 from tests.unit.tpcomm.rank_pool import Rank
-from tpcomm import CommAborted, CommError, PathReport, preflight
+from tpcomm import CommAborted, CommError, PathReport, ReduceOp, preflight
+from tpcomm.bench import stress
+from tpcomm.bench.cases import check_all_dtypes
+from tpcomm.bench.rank_pool import RankContext
+from tpcomm.staged import StagedCommunicator
 
 ABORT_LIMIT_S = 20.0
+FAULT_LIMIT_S = 5.0
 
 
-def check_paths(rank: Rank, backend: str, group_id: bytes) -> list[PathReport]:
-    return preflight(rank.shared(backend, group_id), 30.0)
+def check_paths(rank: Rank, backend: str, group_id: bytes) -> tuple[list[PathReport], str]:
+    comm = rank.shared(backend, group_id)
+    reports = preflight(comm, 30.0)
+    assert isinstance(comm, StagedCommunicator)
+    return reports, comm.table.describe()
+
+
+def planted_fault(
+    rank: Rank, backend: str, group_id: bytes, fault: str
+) -> tuple[list[PathReport], float]:
+    """Rank 1's one-shot flips a byte, or is not issued; the verdicts, and how long they took."""
+    comm = rank.join(backend, group_id, 30.0)
+    assert isinstance(comm, StagedCommunicator) and comm.staging is not None
+    one_shot = comm.staging.one_shot
+
+    def broken(tensor: Tensor, op: ReduceOp) -> Tensor:
+        if fault == "hang":
+            return tensor
+        one_shot(tensor, op)
+        if tensor.numel() == 333:
+            tensor.view(torch.uint8)[8] ^= 1
+        return tensor
+
+    if rank.rank == 1:
+        setattr(comm.staging, "one_shot", broken)  # noqa: B010
+    begun = time.monotonic()
+    reports = preflight(comm, FAULT_LIMIT_S)
+    took = time.monotonic() - begun
+    value = torch.ones(4096, device=rank.device)
+    comm.all_reduce(value)  # by whatever is left
+    assert value[0].item() == rank.world_size
+    rank.communicators[group_id] = comm
+    return reports, took
+
+
+def several_groups(rank: Rank, backend: str, first: bytes, second: bytes) -> None:
+    """Two communicators of one process, used in turn, do not disturb each other."""
+    comms = [rank.shared(backend, first), rank.shared(backend, second)]
+    for step in range(20):
+        values = [torch.full((1000,), float(step + k), device=rank.device) for k in range(2)]
+        for comm, value in zip(comms, values, strict=True):
+            comm.all_reduce(value)
+        for k, value in enumerate(values):
+            assert value[7].item() == rank.world_size * (step + k)
+
+
+def mixed_kernels(rank: Rank, backend: str, group_id: bytes, num_replays: int) -> int:
+    """All kernels in one graph, with late ranks and random inputs; elements that were wrong."""
+    comm = rank.shared(backend, group_id)
+    assert isinstance(comm, StagedCommunicator)
+    context = RankContext(rank.rank, rank.world_size, rank.device, group_id, 0, comm)
+    return int(stress.replay_with_late_ranks(context, num_replays)["wrong"])
+
+
+def every_dtype_and_size(rank: Rank, backend: str, group_id: bytes) -> list[str]:
+    comm = rank.shared(backend, group_id)
+    assert isinstance(comm, StagedCommunicator)
+    return check_all_dtypes(RankContext(rank.rank, rank.world_size, rank.device, group_id, 0, comm))
 
 
 def _integers(rank: int, step: int, num_elements: int, device: torch.device) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from tests.gpu import nccl_cases
 from tests.unit.tpcomm.collective_suite import CollectiveSuite, World, make_world
 from tests.unit.tpcomm.rank_pool import RankPool
+from tpcomm.size_table import ADD_RMS_NORM, ALL_GATHER, ALL_REDUCE, NCCL, SEPARATE
+from tpcomm.staged_ways import STAGED_WAYS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,6 +19,12 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs"),
 ]
 
+WAYS = [
+    *STAGED_WAYS,
+    (ALL_GATHER, NCCL),
+    (ADD_RMS_NORM, SEPARATE),
+    (ALL_REDUCE, NCCL),
+]
 STAGED_ELEMENTS = 4096
 NCCL_ELEMENTS = 4 << 20  # 8 MiB of bfloat16, above the staging buffer
 
@@ -37,9 +45,34 @@ class TestNccl(CollectiveSuite):
     pass
 
 
-def test_preflight_finds_both_paths_sound(world: World) -> None:
-    for reports in world.run(nccl_cases.check_paths):
-        assert [(r.path, r.usable) for r in reports] == [("staged", True), ("nccl", True)], reports
+def test_preflight_finds_every_path_sound_and_builds_one_table(world: World) -> None:
+    (first, table), (second, other_table) = world.run(nccl_cases.check_paths)
+    assert [(r.operation, r.path, r.usable) for r in first] == [(*way, True) for way in WAYS], first
+    assert first == second and table == other_table
+    assert all(r.times for r in first)
+
+
+@pytest.mark.parametrize("fault", ["flip", "hang"])
+def test_planted_fault_switches_one_shot_off_on_all_ranks(world: World, fault: str) -> None:
+    for reports, took in world.run_alone(nccl_cases.planted_fault, fault):
+        by_way = {(r.operation, r.path): r for r in reports}
+        assert not by_way[STAGED_WAYS[0]].usable
+        assert by_way[WAYS[-1]].usable
+        # Two-shot stays on unless the state of the memory is unknown.
+        assert by_way[STAGED_WAYS[1]].usable == (fault == "flip")
+        assert took < 60
+
+
+def test_several_communicators_in_one_process(world: World) -> None:
+    world.run(nccl_cases.several_groups, world.make_id())
+
+
+def test_every_dtype_and_ragged_size_is_exact(world: World) -> None:
+    assert world.run(nccl_cases.every_dtype_and_size) == [[], []]
+
+
+def test_all_kernels_in_one_graph_with_late_ranks(world: World) -> None:
+    assert world.run(nccl_cases.mixed_kernels, 1000) == [0, 0]
 
 
 @pytest.mark.parametrize("num_elements", [1, 333, STAGED_ELEMENTS, 100_000])

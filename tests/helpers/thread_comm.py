@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from tpcomm import CommAborted, CommStats, OpStats, ReduceOp
+from tpcomm.communicator import AddRmsNorm
+from tpcomm.norm_kernel import add_rms_norm_reference
 
 T = TypeVar("T")
 _TIMEOUT_S = 60.0
@@ -48,6 +50,16 @@ class ThreadCommunicator:
         gathered = torch.stack(parts)
         self._wait()
         return gathered if out is None else out.copy_(gathered)
+
+    def all_reduce_add_rms_norm(
+        self,
+        tensor: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        add_rms_norm: AddRmsNorm = add_rms_norm_reference,
+    ) -> Tensor:
+        return add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         source = self._exchange(tensor, self.stats.broadcast)[root].clone()

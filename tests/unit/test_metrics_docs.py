@@ -11,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator.metrics import EngineMetrics, MetricsServer
+from protos.lockstep.v1 import worker_pb2
 from worker.metrics import WorkerMetrics
 
 # Name -> (type, labels), as a scrape shows it.
@@ -64,6 +65,9 @@ def worker_table() -> Iterator[Table]:
         metrics.set_memory({"kv": 1})
         metrics.observe_step(0.001)
         metrics.set_all_reduces(3)
+        time = worker_pb2.PathTime(byte_count=8192, microseconds=4.0)
+        path = worker_pb2.PathReport(path="one_shot", operation="all_reduce", times=[time])
+        metrics.set_paths(worker_pb2.PreflightResponse(paths=[path]))
         yield served(metrics.port)
 
 

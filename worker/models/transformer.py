@@ -70,13 +70,13 @@ class Transformer:
                 # What follows works on rows alone, and only these are asked for.
                 attended = attended.index_select(0, batch.logit_rows)
                 residual = residual.index_select(0, batch.logit_rows)
-            output = self._comm.all_reduce(ops.linear(attended, layer.o, layer.o_bias))
-            normed = ops.add_rms_norm(output, residual, layer.post_attention_norm, eps)
-            output = self._feed_forward(normed, layer)
+            partial = ops.linear(attended, layer.o, layer.o_bias)
+            normed = self._sum_into(residual, partial, layer.post_attention_norm)
+            partial = self._feed_forward(normed, layer)
             next_norm = (
                 weights.final_norm if index == last else weights.layers[index + 1].input_norm
             )
-            normed = ops.add_rms_norm(output, residual, next_norm, eps)
+            normed = self._sum_into(residual, partial, next_norm)
         return normed
 
     def local_logits(self, hidden: Tensor) -> Tensor:
@@ -149,6 +149,11 @@ class Transformer:
         )
 
     def _feed_forward(self, normed: Tensor, layer: LayerWeights) -> Tensor:
-        """silu(gate) * up, projected down and summed over ranks: [num_rows, hidden_size]."""
+        """silu(gate) * up, projected down: this rank's part of the sum, [num_rows, hidden_size]."""
         gated = self._ops.silu_mul(self._ops.linear(normed, layer.gate_up, layer.gate_up_bias))
-        return self._comm.all_reduce(self._ops.linear(gated, layer.down, layer.down_bias))
+        return self._ops.linear(gated, layer.down, layer.down_bias)
+
+    def _sum_into(self, residual: Tensor, partial: Tensor, norm: Tensor) -> Tensor:
+        """Add the sum of all ranks' `partial` to `residual` IN PLACE; returns the norm of that."""
+        eps, ops = self.spec.rms_norm_eps, self._ops
+        return self._comm.all_reduce_add_rms_norm(partial, residual, norm, eps, ops.add_rms_norm)

@@ -67,9 +67,9 @@ class SimulatedRank:
         self.phase = worker_pb2.WORKER_PHASE_JOINED
         return 0.0
 
-    def preflight(self, timeout_s: float) -> list[worker_pb2.PathReport]:
+    def preflight(self, timeout_s: float) -> worker_pb2.PreflightResponse:
         """No paths, as there are no collectives."""
-        return []
+        return worker_pb2.PreflightResponse()
 
     def capture(self) -> worker_pb2.CaptureResponse:
         """`--num-blocks` alone says what fits."""

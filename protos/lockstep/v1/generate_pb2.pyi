@@ -274,7 +274,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "is_ready", "epoch", "ranks", "running_count", "waiting_count", "block_count", "block_size", "max_num_seqs")
+    __slots__ = ("version", "is_ready", "epoch", "ranks", "running_count", "waiting_count", "block_count", "block_size", "max_num_seqs", "comm_paths")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IS_READY_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +284,7 @@ class GetServerInfoResponse(_message.Message):
     BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    COMM_PATHS_FIELD_NUMBER: _ClassVar[int]
     version: str
     is_ready: bool
     epoch: int
@@ -293,7 +294,32 @@ class GetServerInfoResponse(_message.Message):
     block_count: int
     block_size: int
     max_num_seqs: int
-    def __init__(self, version: _Optional[str] = ..., is_ready: bool = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., block_count: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
+    comm_paths: _containers.RepeatedCompositeFieldContainer[CommPath]
+    def __init__(self, version: _Optional[str] = ..., is_ready: bool = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., block_count: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., comm_paths: _Optional[_Iterable[_Union[CommPath, _Mapping]]] = ...) -> None: ...
+
+class CommPath(_message.Message):
+    __slots__ = ("operation", "path", "is_usable", "detail", "serves_up_to_byte_count", "times")
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    IS_USABLE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    SERVES_UP_TO_BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    operation: str
+    path: str
+    is_usable: bool
+    detail: str
+    serves_up_to_byte_count: int
+    times: _containers.RepeatedCompositeFieldContainer[CommTime]
+    def __init__(self, operation: _Optional[str] = ..., path: _Optional[str] = ..., is_usable: bool = ..., detail: _Optional[str] = ..., serves_up_to_byte_count: _Optional[int] = ..., times: _Optional[_Iterable[_Union[CommTime, _Mapping]]] = ...) -> None: ...
+
+class CommTime(_message.Message):
+    __slots__ = ("byte_count", "microseconds")
+    BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MICROSECONDS_FIELD_NUMBER: _ClassVar[int]
+    byte_count: int
+    microseconds: float
+    def __init__(self, byte_count: _Optional[int] = ..., microseconds: _Optional[float] = ...) -> None: ...
 
 class RankInfo(_message.Message):
     __slots__ = ("rank", "address", "pid", "device", "is_up", "local_q_head_count", "local_kv_head_count", "parameter_count", "bytes_read", "all_reduce_count")

@@ -153,20 +153,44 @@ class PreflightRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
 
 class PreflightResponse(_message.Message):
-    __slots__ = ("paths",)
+    __slots__ = ("paths", "routes")
     PATHS_FIELD_NUMBER: _ClassVar[int]
+    ROUTES_FIELD_NUMBER: _ClassVar[int]
     paths: _containers.RepeatedCompositeFieldContainer[PathReport]
-    def __init__(self, paths: _Optional[_Iterable[_Union[PathReport, _Mapping]]] = ...) -> None: ...
+    routes: _containers.RepeatedCompositeFieldContainer[PathRoute]
+    def __init__(self, paths: _Optional[_Iterable[_Union[PathReport, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[PathRoute, _Mapping]]] = ...) -> None: ...
 
 class PathReport(_message.Message):
-    __slots__ = ("path", "is_usable", "detail")
+    __slots__ = ("path", "is_usable", "detail", "operation", "times")
     PATH_FIELD_NUMBER: _ClassVar[int]
     IS_USABLE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     path: str
     is_usable: bool
     detail: str
-    def __init__(self, path: _Optional[str] = ..., is_usable: bool = ..., detail: _Optional[str] = ...) -> None: ...
+    operation: str
+    times: _containers.RepeatedCompositeFieldContainer[PathTime]
+    def __init__(self, path: _Optional[str] = ..., is_usable: bool = ..., detail: _Optional[str] = ..., operation: _Optional[str] = ..., times: _Optional[_Iterable[_Union[PathTime, _Mapping]]] = ...) -> None: ...
+
+class PathTime(_message.Message):
+    __slots__ = ("byte_count", "microseconds")
+    BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MICROSECONDS_FIELD_NUMBER: _ClassVar[int]
+    byte_count: int
+    microseconds: float
+    def __init__(self, byte_count: _Optional[int] = ..., microseconds: _Optional[float] = ...) -> None: ...
+
+class PathRoute(_message.Message):
+    __slots__ = ("operation", "max_byte_count", "path")
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    operation: str
+    max_byte_count: int
+    path: str
+    def __init__(self, operation: _Optional[str] = ..., max_byte_count: _Optional[int] = ..., path: _Optional[str] = ...) -> None: ...
 
 class CaptureRequest(_message.Message):
     __slots__ = ("epoch",)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from coordinator.agreement import agreed, check_preflights, choose_comm
+from coordinator.agreement import agreed, check_preflights, choose_comm, path_lines
 from coordinator.errors import StartRefused
 from protos.lockstep.v1 import worker_pb2
 
@@ -65,3 +65,30 @@ def test_one_usable_path_is_enough_and_none_is_refused_with_the_reasons() -> Non
 def test_ranks_that_see_different_paths_are_refused() -> None:
     with pytest.raises(StartRefused, match="rank 1 has paths"):
         check_preflights([preflight(nccl=True), preflight(nccl=False)])
+
+
+def test_paths_are_told_with_their_times_and_what_they_serve() -> None:
+    time = worker_pb2.PathTime(byte_count=8192, microseconds=3.94)
+    response = worker_pb2.PreflightResponse(
+        paths=[
+            worker_pb2.PathReport(
+                operation="all_reduce", path="one_shot", is_usable=True, times=[time]
+            ),
+            worker_pb2.PathReport(operation="all_reduce", path="nccl", detail="wrong sum"),
+        ],
+        routes=[
+            worker_pb2.PathRoute(operation="all_reduce", max_byte_count=65536, path="one_shot")
+        ],
+    )
+    assert path_lines(response) == [
+        "communication path all_reduce by one_shot: usable, 8192 B 3.9 us",
+        "communication path all_reduce by nccl: off, wrong sum",
+        "chosen for all_reduce: one_shot to 65536 B",
+    ]
+
+
+def test_ranks_with_different_routes_are_refused() -> None:
+    first, second = preflight(nccl=True), preflight(nccl=True)
+    second.routes.add(operation="all_reduce", max_byte_count=1, path="nccl")
+    with pytest.raises(StartRefused, match="rank 1 has routes"):
+        check_preflights([first, second])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.unit.tpcomm.rank_pool import Rank
 from tpcomm import CommAborted, CommError, CommTimeout, ReduceOp
+from tpcomm.norm_kernel import add_rms_norm_reference
 
 ABORT_TIMEOUT_S = 4.0
 
@@ -268,3 +269,27 @@ def _segments_in_use() -> list[str]:
     with open("/proc/self/maps") as maps:
         mapped = [line for line in maps if "tpcomm-" in line]
     return mapped + [name for name in os.listdir("/dev/shm") if "tpcomm" in name]
+
+
+def all_reduce_add_rms_norm(
+    rank: Rank, backend: str, group_id: bytes, dtype: torch.dtype
+) -> tuple[str, str]:
+    """Sum, residual and norm against the three steps one by one; digests of both results."""
+    comm = rank.shared(backend, group_id)
+    digests = ""
+    for shape in ((1, 64), (5, 333), (7, 1024)):
+        inputs = [make_input(r, shape, dtype, True) for r in range(rank.world_size)]
+        residual = make_input(40, shape, dtype, True)
+        weight = make_input(41, shape[1:], dtype, True)
+        updated = residual.to(rank.device, copy=True)
+        arguments = inputs[rank.rank].to(rank.device, copy=True), updated, weight.to(rank.device)
+        calls = comm.stats.all_reduce.calls
+        normed = comm.all_reduce_add_rms_norm(*arguments, 1e-5)
+        assert comm.stats.all_reduce.calls == calls + 1
+        total = expected_reduction(inputs, ReduceOp.SUM)
+        expected = add_rms_norm_reference(total, residual, weight, 1e-5)
+        assert torch.equal(updated.cpu(), residual)
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(normed.cpu(), expected, rtol=tolerance, atol=tolerance)
+        digests += digest(normed)
+    return digests, digest(updated)

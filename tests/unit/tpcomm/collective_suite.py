@@ -67,6 +67,12 @@ class CollectiveSuite:
         first = world.run(cases.all_reduce, *arguments)
         assert world.run(cases.all_reduce, *arguments) == first
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_sum_residual_and_norm_are_the_same_on_all_ranks(
+        self, world: World, dtype: torch.dtype
+    ) -> None:
+        assert len(set(world.run(cases.all_reduce_add_rms_norm, dtype))) == 1
+
     def test_empty_tensors_pass_through(self, world: World) -> None:
         world.run(cases.all_reduce, (0,), torch.float32, ReduceOp.SUM, True)
         world.run(cases.all_gather, (2, 0), torch.float32)

@@ -17,10 +17,10 @@ from torch import Tensor
 from tests.unit.tpcomm.cases import expected_reduction, make_input
 from tests.unit.tpcomm.host_driver import HostDriver, tensor_at
 from tpcomm import ReduceOp, staging
-from tpcomm.allreduce_kernels import CHUNK_BYTES
 from tpcomm.cuda_driver import CudaDriver
 from tpcomm.group_id import new_name
 from tpcomm.staging import Staging
+from tpcomm.staging_tables import CHUNK_BYTES
 
 WORLD_SIZE = 2
 STAGING_BYTES = 4 * CHUNK_BYTES
@@ -49,13 +49,16 @@ def run_rank(name: str, rank: int) -> None:
     assert buffers.limit_bytes == STAGING_BYTES
     buffers.connect(name, 20.0)
     assert len(set(buffers.tables.bases.tolist())) == WORLD_SIZE
-    for num_elements in (1, 5000, STAGING_BYTES // 4, 333, 5000):
+    for num_elements in (1, 1500, STAGING_BYTES // 4, 333, 1500):
         inputs = [make_input(r, (num_elements,), torch.float32, False) for r in range(WORLD_SIZE)]
-        tensor = buffers.all_reduce(inputs[rank].clone(), ReduceOp.SUM)
-        assert torch.equal(tensor, expected_reduction(inputs, ReduceOp.SUM)), num_elements
+        expected = expected_reduction(inputs, ReduceOp.SUM)
+        for call in (buffers.one_shot, buffers.two_shot):
+            assert torch.equal(call(inputs[rank].clone(), ReduceOp.SUM), expected), num_elements
+    out = torch.empty(WORLD_SIZE, 333)
+    assert torch.equal(buffers.all_gather(inputs[rank][:333], out)[1], inputs[1][:333])
     if rank == 0:  # rank 1 does not take part: without the abort word this would not return
         buffers.abort()
-        buffers.all_reduce(torch.ones(8), ReduceOp.SUM)
+        buffers.one_shot(torch.ones(8), ReduceOp.SUM)
     buffers.close()
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tests.unit.tpcomm.rank_pool import Rank
 from tpcomm import CommError, CommTimeout, PathReport, ReduceOp, preflight
+from tpcomm.cpu import ShmCommunicator
+from tpcomm.path_times import build_table
 from tpcomm.paths import CommPath, HasPaths
-from tpcomm.preflight import check_paths
+from tpcomm.preflight import check_paths, time_paths
 
 
 def sound(rank: Rank, backend: str, group_id: bytes) -> list[PathReport]:
@@ -46,7 +50,7 @@ def planted(rank: Rank, group_id: bytes, fault: str) -> tuple[list[PathReport], 
         prepare=lambda tensor, op: events.append("prepared"),
         wait=wait,
         rescue=lambda timeout_s: events.append("rescued"),
-        switch_off=lambda reason: events.append("off"),
+        switch_off=lambda reason, hung: events.append("off, hung" if hung else "off"),
     )
     return check_paths(comm, [path, *comm.paths()], 5.0), sorted(set(events))
 
@@ -73,3 +77,43 @@ def lost_peer(rank: Rank, group_id: bytes) -> list[PathReport]:
         rank.communicators[group_id] = comm
         return []
     return preflight(comm, 1.0)
+
+
+def planted_times(
+    rank: Rank, group_id: bytes, fault: str
+) -> tuple[list[tuple[str, bool, dict[int, float]]], list[str], str]:
+    """Two paths beside shm's own, of which `fast` is timed as `fault` says on rank 1.
+
+    Verdicts and times, what was done to `fast`, and the table that follows.
+    """
+    comm = rank.shared("shm", group_id)
+    assert isinstance(comm, HasPaths)
+    events: list[str] = []
+
+    def measure(base_us: float) -> Callable[[Callable[[], object], float], float]:
+        def measured(call: Callable[[], object], timeout_s: float) -> float:
+            if fault == "hang" and rank.rank == 1 and base_us == 1.0:
+                raise CommTimeout("planted hang")
+            size[0] += 1
+            return base_us + rank.rank * 0.5 + size[0] * (1.0 if base_us == 1.0 else 0.25)
+
+        size = [0]
+        return measured
+
+    def path(name: str, base_us: float) -> CommPath:
+        return CommPath(
+            name,
+            rank.device,
+            comm.all_reduce if isinstance(comm, ShmCommunicator) else None,
+            max_bytes=1 << 20,
+            rescue=lambda timeout_s: events.append("rescued"),
+            switch_off=lambda reason, hung: events.append(f"{name} off: {reason}"),
+            measure=measure(base_us),
+        )
+
+    paths = [path("fast", 1.0), path("slow", 5.0), *comm.paths()]
+    reports = check_paths(comm, paths, 5.0)
+    reports = time_paths(paths, reports, 5.0, 8192, torch.bfloat16)
+    table = build_table({(r.operation, r.path): dict(r.times) for r in reports if r.usable})
+    rows = [(r.path, r.usable, dict(r.times)) for r in reports]
+    return rows, events, table.describe()

@@ -39,7 +39,7 @@ def test_sound_second_path_stays_on(rank_pool: RankPool, group_id: bytes) -> Non
     [
         ("flip", "SUM of 333 torch.float32: 1 elements wrong, first at 1", ["off", "prepared"]),
         ("raise", "planted error", ["off", "prepared"]),
-        ("hang", "planted hang", ["off", "prepared", "rescued"]),
+        ("hang", "planted hang", ["off, hung", "prepared", "rescued"]),
     ],
 )
 def test_fault_on_one_rank_switches_the_path_off_on_all(
@@ -56,7 +56,7 @@ def test_fault_on_one_rank_switches_the_path_off_on_all(
         assert [(r.path, r.usable) for r in reports] == [("planted", False), ("shm", True)]
     assert first[0].detail == "another rank found it wrong"
     assert seen_by_rank_1 in second[0].detail
-    assert events_0 == ["off", "prepared"]
+    assert events_0 == [event for event in events_of_rank_1 if event != "rescued"]
     assert events_1 == events_of_rank_1
 
 
@@ -81,3 +81,30 @@ def test_lost_peer_ends_in_a_report_that_names_it(rank_pool: RankPool) -> None:
     reports = rank_pool.run(2, preflight_cases.lost_peer, create_group_id("shm"))[0]
     assert not reports[0].usable
     assert "rank 1 did not arrive" in reports[0].detail
+
+
+def test_times_are_the_slowest_ranks_and_give_one_table(rank_pool: RankPool) -> None:
+    first, second = rank_pool.run(2, preflight_cases.planted_times, create_group_id("shm"), "none")
+    assert first == second
+    rows, events, table = first
+    assert events == []
+    times = {name: of for name, _, of in rows}
+    assert times["fast"][8192] == 2.5 and times["slow"][8192] == 5.75
+    assert times["shm"] == {}  # has no measure
+    # fast: 1.5 + k us, slow: 5.5 + k / 4 us for the k-th size; equal at k = 5.33.
+    assert table.startswith("all_reduce: fast to 131072, slow to 1048576;")
+
+
+def test_path_that_hangs_while_it_is_timed_is_off_and_what_shares_its_memory_with_it(
+    rank_pool: RankPool,
+) -> None:
+    first, second = rank_pool.run(2, preflight_cases.planted_times, create_group_id("shm"), "hang")
+    for rows, _, table in (first, second):
+        assert [(name, usable) for name, usable, _ in rows] == [
+            ("fast", False),
+            ("slow", False),
+            ("shm", True),
+        ]
+        assert table.startswith("all_reduce: nothing staged;")
+    assert first[1] == ["fast off: another rank found it wrong"]
+    assert second[1] == ["rescued", "fast off: planted hang"]

@@ -8,16 +8,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpcomm import CommError, ReduceOp, staged
+from tpcomm import CommError, ReduceOp, nccl, size_table, staged
 from tpcomm.communicator import CommStats
 from tpcomm.nccl import NcclCommunicator
+from tpcomm.size_table import Route, SizeTable
 from tpcomm.staged import StagedCommunicator
+from tpcomm.staged_ways import STAGED_WAYS
 
 CPU = torch.device("cpu")
+TABLE = SizeTable(
+    [
+        Route(size_table.ALL_REDUCE, 32, size_table.ONE_SHOT),
+        Route(size_table.ALL_REDUCE, 64, size_table.TWO_SHOT),
+        Route(size_table.ALL_GATHER, 16, size_table.STAGED),
+        Route(size_table.ADD_RMS_NORM, 32, size_table.FUSED),
+    ]
+)
+OTHER_WAYS = [
+    (size_table.ALL_GATHER, size_table.NCCL),
+    (size_table.ADD_RMS_NORM, size_table.SEPARATE),
+    (size_table.ALL_REDUCE, size_table.NCCL),
+]
 
 
 class FakeStaging:
     """Takes messages of up to 64 bytes and notes what was done to it."""
+
+    device = CPU
+    tables = None
 
     def __init__(self, events: list[str], connect_error: str) -> None:
         self.limit_bytes = 64
@@ -29,12 +47,36 @@ class FakeStaging:
             raise CommError(self._connect_error)
         self._events.append(f"connect {name}")
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp) -> Tensor:
-        self._events.append(f"staged {tensor.nbytes}")
+    def takes_one_shot(self, tensor: Tensor) -> bool:
+        wire_bytes = tensor.nbytes if tensor.dtype.is_floating_point else 2 * tensor.nbytes
+        return 0 < wire_bytes <= self.limit_bytes
+
+    def takes_two_shot(self, tensor: Tensor) -> bool:
+        return tensor.dtype.is_floating_point and 0 < tensor.nbytes <= self.limit_bytes
+
+    def takes_all_gather(self, tensor: Tensor) -> bool:
+        return 0 < 2 * tensor.nbytes <= self.limit_bytes
+
+    def takes_add_rms_norm(self, tensor: Tensor, residual: Tensor, weight: Tensor) -> bool:
+        return 0 < tensor.nbytes <= self.limit_bytes
+
+    def one_shot(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        self._events.append(f"one_shot {tensor.nbytes}")
         return tensor
 
-    def compile(self, tensor: Tensor, op: ReduceOp) -> None:
-        self._events.append("compile")
+    def two_shot(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        self._events.append(f"two_shot {tensor.nbytes}")
+        return tensor
+
+    def all_gather(self, tensor: Tensor, out: Tensor) -> Tensor:
+        self._events.append(f"gather {tensor.nbytes}")
+        return out
+
+    def all_reduce_add_rms_norm(
+        self, tensor: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> Tensor:
+        self._events.append(f"fused {tensor.nbytes}")
+        return tensor
 
     def abort(self) -> None:
         self._events.append("abort staging")
@@ -66,6 +108,9 @@ class Group:
             return tensor
 
         def gather(comm: Any, tensor: Tensor, out: Tensor) -> None:
+            self.events.append(f"nccl gather {tensor.nbytes}")
+            if tensor.dtype != torch.int64:
+                return
             difference = torch.tensor([int(not self.same_host), int(not self.same_size)])
             out.copy_(torch.stack([tensor, tensor + difference]))
 
@@ -79,6 +124,7 @@ class Group:
         monkeypatch.setattr(NcclCommunicator, "_enqueue_all_gather", gather)
         monkeypatch.setattr(NcclCommunicator, "wait_stream", lambda *arguments: None)
         monkeypatch.setattr(NcclCommunicator, "_usable", lambda comm: None)
+        monkeypatch.setattr(nccl, "HAS_TRITON", False)  # no kernel of ours on the CPU
         monkeypatch.setattr(staged, "Staging", make_staging)
         monkeypatch.setattr(staged, "load_cuda_driver", lambda: None)
         comm = StagedCommunicator(cast(Any, None), b"", 0, 2, CPU, 1.0, staging_bytes, "group")
@@ -96,24 +142,69 @@ def test_size_rule_sends_small_messages_to_staging(
     comm = group.join(monkeypatch)
     assert comm.staging_absent == ""
     group.events.clear()
-    for num_elements in (0, 1, 16, 17):
+    comm.table = TABLE
+    for num_elements in (0, 1, 8, 16, 17):
         comm.all_reduce(torch.zeros(num_elements))
-    assert group.events == ["staged 4", "staged 64", "nccl 68"]
-    assert (comm.stats.all_reduce.calls, comm.stats.all_reduce.bytes) == (4, 136)
+    assert group.events == ["one_shot 4", "one_shot 32", "two_shot 64", "nccl 68"]
+    assert (comm.stats.all_reduce.calls, comm.stats.all_reduce.bytes) == (5, 168)
+
+
+def test_integers_take_twice_their_size_and_never_two_shot(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm = group.join(monkeypatch)
+    comm.table = TABLE
+    group.events.clear()
+    for num_elements in (4, 8, 9):
+        comm.all_reduce(torch.zeros(num_elements, dtype=torch.int32))
+    assert group.events == ["one_shot 16", "one_shot 32", "nccl 36"]
+
+
+def test_size_rule_of_gathers_and_of_the_fused_norm(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm = group.join(monkeypatch)
+    comm.table = TABLE
+    group.events.clear()
+    comm.all_gather(torch.zeros(2))
+    comm.all_gather(torch.zeros(9))
+    for num_elements in (4, 16):
+        row = torch.zeros(1, num_elements)
+        comm.all_reduce_add_rms_norm(row, row.clone(), row[0], 1e-5, lambda x, r, w, eps: x)
+    assert group.events == ["gather 8", "nccl gather 36", "fused 16", "two_shot 64"]
+    assert comm.stats.all_reduce.calls == 2
 
 
 def test_path_that_is_switched_off_leaves_all_to_nccl(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comm = group.join(monkeypatch)
-    staged_path, nccl_path = comm.paths()
-    assert (staged_path.name, staged_path.max_bytes, nccl_path.name) == ("staged", 64, "nccl")
-    assert staged_path.switch_off is not None
-    staged_path.switch_off("found wrong")
+    comm.table = TABLE
+    ways = {(path.operation, path.name): path for path in comm.paths()}
+    assert list(ways) == [*STAGED_WAYS, *OTHER_WAYS]
+    one_shot = ways[STAGED_WAYS[0]]
+    assert one_shot.max_bytes == 64 and one_shot.switch_off is not None
+    one_shot.switch_off("found wrong", False)
     group.events.clear()
     comm.all_reduce(torch.zeros(1))
-    assert group.events == ["nccl 4"]
-    assert comm.paths()[0].absent == "found wrong"
+    comm.all_gather(torch.zeros(1))
+    assert group.events == ["two_shot 4", "gather 4"]
+    assert comm.paths()[0].absent == "found wrong" and not comm.paths()[1].absent
+
+
+def test_path_that_hung_takes_staging_memory_with_it(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm = group.join(monkeypatch)
+    fused = comm.paths()[3]
+    assert fused.switch_off is not None
+    fused.switch_off("hung", True)
+    group.events.clear()
+    row = torch.zeros(1, 4)
+    comm.all_reduce_add_rms_norm(row, row.clone(), row[0], 1e-5, lambda x, r, w, eps: x)
+    comm.all_gather(torch.zeros(1))
+    assert group.events == ["nccl 16", "nccl gather 4"]
+    assert [path.absent for path in comm.paths()[:4]] == ["hung"] * 4
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ def test_without_triton_staging_is_refused_by_name(monkeypatch: pytest.MonkeyPat
 
 def test_size_below_one_chunk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_language, "HAS_TRITON", True)
-    with pytest.raises(CommError, match="8191 is below one chunk of 8192"):
-        _make(8191)
+    with pytest.raises(CommError, match="2047 is below one chunk of 2048"):
+        _make(2047)
 
 
 def test_host_identity_is_stable_and_fits_int64() -> None:

@@ -1,0 +1,1 @@
+"""`python -m tpcomm.bench`: checks and times every path of a group on this host's GPUs."""

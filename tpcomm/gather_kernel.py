@@ -1,0 +1,102 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""All-gather of small tensors over the peers' staging memory (protocol: staging_tables).
+
+Bytes of any dtype travel as 16-bit words, so twice the bytes: for what is small.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tpcomm.communicator import as_bytes
+from tpcomm.push_protocol import begin_call, end_call, receive, send, wipe, word_row
+from tpcomm.staging_tables import (
+    CHUNK_BYTES,
+    NUM_WARPS,
+    VECTOR_BYTES,
+    StagingTables,
+    vector_width,
+)
+from tpcomm.triton_language import Launch, jit, tl
+
+_WORD_BYTES = 2
+
+
+@jit(varying=("source_ptr", "target_ptr", "num_vectors", "rank"))
+def _all_gather_kernel(
+    source_ptr,
+    target_ptr,
+    bases_ptr,
+    state_ptr,
+    abort_ptr,
+    num_vectors,
+    rank,
+    SLOT_BYTES: tl.constexpr,
+    NUM_STATES: tl.constexpr,
+    WORLD_SIZE: tl.constexpr,
+    PADDED_WORLD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    offsets = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    mask = offsets // VECTOR < num_vectors
+    byte_pointer = tl.pointer_type(tl.uint8)
+    if VECTOR > 1:
+        source_ptr = tl.multiple_of(source_ptr.to(tl.int64).to(byte_pointer), 16)
+        target_ptr = tl.multiple_of(target_ptr.to(tl.int64).to(byte_pointer), 16)
+    own_base = tl.load(bases_ptr + rank)
+    own_words = tl.load(source_ptr + offsets, mask=mask, other=0).to(tl.int16)
+    state, place, wiped = begin_call(state_ptr, SLOT_BYTES, WORLD_SIZE)
+    for step in tl.static_range(1, WORLD_SIZE):
+        base = tl.load(bases_ptr + (rank + step) % WORLD_SIZE)
+        send(word_row(base, place, rank, SLOT_BYTES, tl.int16) + offsets, own_words, mask)
+    wipe(own_base, state, wiped, rank, SLOT_BYTES, WORLD_SIZE, CHUNK // 4)
+    end_call(state_ptr, state, num_vectors * (VECTOR * 2), NUM_STATES, CHUNK)
+
+    num_bytes = num_vectors * VECTOR
+    tl.store(target_ptr + rank * num_bytes + offsets, own_words.to(tl.uint8), mask=mask)
+    peers = tl.arange(0, PADDED_WORLD)[:, None]
+    arrives = mask[None, :] & (peers != rank) & (peers < WORLD_SIZE)
+    rows = word_row(own_base, place, 0, SLOT_BYTES, tl.int16)
+    words = receive(rows + peers * (SLOT_BYTES // 2) + offsets[None, :], arrives, abort_ptr)
+    tl.store(target_ptr + peers * num_bytes + offsets[None, :], words.to(tl.uint8), mask=arrives)
+
+
+def gather_bytes(tensor: Tensor) -> int:
+    """What an all-gather of `tensor` needs of a slot."""
+    return -(-tensor.nbytes // VECTOR_BYTES) * VECTOR_BYTES * _WORD_BYTES
+
+
+def small_all_gather(tensor: Tensor, out: Tensor, tables: StagingTables) -> Tensor:
+    """Fill `out` [world_size, *tensor.shape] on the current stream; neither is empty.
+
+    `gather_bytes` may be at most `slot_bytes`. Otherwise as `one_shot_all_reduce`.
+    """
+    gather_launch(tensor, out, tables).run()
+    return out
+
+
+def gather_launch(tensor: Tensor, out: Tensor, tables: StagingTables) -> Launch:
+    """What `small_all_gather` runs."""
+    assert 0 < gather_bytes(tensor) <= tables.slot_bytes, (tensor.shape, tables.slot_bytes)
+    source, target = as_bytes(tensor), as_bytes(out)
+    vector = vector_width(source, target)
+    if source.numel() % VECTOR_BYTES:
+        vector = 1
+    world_size, chunk = tables.world_size, CHUNK_BYTES // _WORD_BYTES
+    arguments = (
+        source,
+        target,
+        tables.bases,
+        tables.state,
+        tables.abort_word,
+        source.numel() // vector,
+        tables.rank,
+        tables.slot_bytes,
+        tables.state.numel(),
+        world_size,
+        1 << (world_size - 1).bit_length(),
+        chunk,
+        vector,
+    )
+    return Launch(_all_gather_kernel, arguments, -(-source.numel() // chunk), NUM_WARPS)

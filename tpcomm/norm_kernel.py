@@ -1,0 +1,172 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""All-reduce, residual addition and RMS normalisation: the reference, and one kernel.
+
+Between a row-parallel and the next column-parallel layer every rank needs the sum of the partial
+results, added to the residual stream and normalised. The kernel takes a row per program: one-shot
+exchange (staging_tables) with addition and norm on the way out, instead of two kernels and a pass
+over memory between them. With one rank it is the addition and the norm alone.
+
+Source of the norm: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tpcomm.allreduce_kernels import word_type
+from tpcomm.push_protocol import (
+    begin_call,
+    end_call,
+    float_words,
+    receive_sum,
+    send,
+    wipe,
+    word_row,
+)
+from tpcomm.staging_tables import StagingTables, vector_width
+from tpcomm.triton_language import Launch, jit, tl
+
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_HIDDEN = 16384
+_MAX_WARPS = 16
+_MIN_BLOCK = 64
+
+
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add `x` to `residual` IN PLACE (rounded to its dtype) and return the norm of the sum.
+
+    x and residual [num_tokens, hidden_size], weight [hidden_size]; `x` is left alone.
+    """
+    residual.add_(x)
+    return functional.rms_norm(residual, (residual.shape[-1],), weight, eps)
+
+
+@jit(varying=("x_ptr", "rank", "eps"))
+def _all_reduce_add_rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    bases_ptr,
+    state_ptr,
+    abort_ptr,
+    rank,
+    eps,
+    SLOT_BYTES: tl.constexpr,
+    NUM_STATES: tl.constexpr,
+    WORLD_SIZE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WORD: tl.constexpr,
+):
+    dtype = x_ptr.dtype.element_ty
+    dims = tl.arange(0, BLOCK)
+    inside = dims // VECTOR < HIDDEN // VECTOR
+    offsets = tl.program_id(0) * HIDDEN + dims
+    if VECTOR > 1:
+        x_ptr = tl.multiple_of(x_ptr.to(tl.int64).to(tl.pointer_type(dtype)), 16)
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0)
+    if WORLD_SIZE > 1:
+        own_base = tl.load(bases_ptr + rank)
+        own_words = float_words(x, WORD)
+        state, place, wiped = begin_call(state_ptr, SLOT_BYTES, WORLD_SIZE)
+        for step in tl.static_range(1, WORLD_SIZE):
+            base = tl.load(bases_ptr + (rank + step) % WORLD_SIZE)
+            send(word_row(base, place, rank, SLOT_BYTES, WORD) + offsets, own_words, inside)
+    residual = tl.load(residual_ptr + offsets, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
+    if WORLD_SIZE > 1:
+        word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
+        wipe(own_base, state, wiped, rank, SLOT_BYTES, WORLD_SIZE, BLOCK * word_bytes // 8)
+        used = tl.num_programs(0) * (HIDDEN * word_bytes)
+        end_call(state_ptr, state, used, NUM_STATES, BLOCK)
+        total = receive_sum(
+            word_row(own_base, place, 0, SLOT_BYTES, WORD),
+            offsets,
+            own_words,
+            inside,
+            rank,
+            abort_ptr,
+            SLOT_BYTES // word_bytes,
+            WORLD_SIZE,
+            dtype,
+            False,
+            BLOCK,
+        )
+        x = total.to(dtype)  # as an all-reduce of its own would have stored it
+    # Rounded before it is squared: later layers see the rounded sum, and so does the reference.
+    x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+    tl.store(residual_ptr + offsets, x, mask=inside)
+    value = tl.where(inside, x.to(tl.float32), 0.0)
+    inverse_rms = tl.rsqrt(tl.sum(value * value, axis=0) / HIDDEN + eps)
+    out = (value * inverse_rms * weight).to(dtype)
+    tl.store(out_ptr + offsets, out, mask=inside)
+
+
+def fused_refusal(x: Tensor, residual: Tensor, weight: Tensor) -> str:
+    """Why the kernel does not take these tensors; empty if it does."""
+    if x.dtype not in FUSED_DTYPES or residual.dtype != x.dtype or weight.dtype != x.dtype:
+        return f"dtypes {x.dtype}, {residual.dtype}, {weight.dtype}: one float dtype is needed"
+    if x.dim() != 2 or residual.shape != x.shape or weight.shape != x.shape[1:]:
+        return f"shapes {tuple(x.shape)}, {tuple(residual.shape)}, {tuple(weight.shape)}"
+    if not (x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()):
+        return "a tensor is not contiguous"
+    if x.shape[1] > _MAX_HIDDEN:
+        return f"rows of {x.shape[1]} are above {_MAX_HIDDEN}"
+    return ""
+
+
+def all_reduce_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, tables: StagingTables
+) -> Tensor:
+    """Sum `x` over ranks, add it to `residual` IN PLACE, return the norm of that, as one kernel.
+
+    `x.nbytes` is at most `slot_bytes` and the rows at most `state`; `fused_refusal` is empty.
+    `x` is left alone. Otherwise as `one_shot_all_reduce`.
+    """
+    assert x.nbytes <= tables.slot_bytes and len(x) <= tables.state.numel(), x.shape
+    out = torch.empty_like(x)
+    fused_launch(x, residual, weight, out, eps, tables).run()
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`add_rms_norm_reference` as one kernel."""
+    out = torch.empty_like(x)
+    fused_launch(x, residual, weight, out, eps, None).run()
+    return out
+
+
+def fused_launch(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    eps: float,
+    tables: StagingTables | None,
+) -> Launch:
+    """What `all_reduce_add_rms_norm` runs, or, without tables, `add_rms_norm`."""
+    hidden_size = x.shape[1]
+    block = max(1 << (hidden_size - 1).bit_length(), _MIN_BLOCK)
+    vector = vector_width(x, residual, weight, out)
+    if tables is None:
+        addresses: tuple[object, ...] = (None, None, None, 0, eps, 0, 0, 1)
+    else:
+        addresses = (
+            tables.bases,
+            tables.state,
+            tables.abort_word,
+            tables.rank,
+            eps,
+            tables.slot_bytes,
+            tables.state.numel(),
+            tables.world_size,
+        )
+    shape = (hidden_size, block, vector, word_type(x.dtype))
+    row_vectors = block * x.dtype.itemsize // 16
+    num_warps = min(max(row_vectors // 32, 1), _MAX_WARPS)
+    arguments = (x, residual, weight, out, *addresses, *shape)
+    return Launch(_all_reduce_add_rms_norm_kernel, arguments, len(x), num_warps)

@@ -1,0 +1,128 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""The steps that kernels over staging memory are made of; the protocol is in staging_tables.
+
+Device functions: called by kernels, never launched.
+"""
+
+from __future__ import annotations
+
+from tpcomm.triton_language import device_function, tl
+
+
+@device_function
+def begin_call(state_ptr, SLOT_BYTES: tl.constexpr, WORLD_SIZE: tl.constexpr):
+    """(state, offset of this call's buffer, offset of the buffer to wipe), offsets in bytes."""
+    state = tl.load(state_ptr + tl.program_id(0))
+    buffer = state >> 32
+    before = (buffer + 2) % 3
+    return state, buffer * (WORLD_SIZE * SLOT_BYTES), before * (WORLD_SIZE * SLOT_BYTES)
+
+
+@device_function
+def end_call(state_ptr, state, used_bytes, NUM_STATES: tl.constexpr, BLOCK: tl.constexpr):
+    """Move all state entries to the next buffer; `used_bytes` of each row were sent to."""
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    buffer = ((state >> 32) + 1) % 3
+    fresh = (buffer << 32) | used_bytes.to(tl.int64)
+    tl.store(state_ptr + program, fresh)
+    share = tl.cdiv(NUM_STATES - num_programs, num_programs)
+    first = num_programs + program * share
+    end = tl.minimum(first + share, NUM_STATES)
+    start = first
+    while start < end:  # not range(): the interpreter takes no tensors there
+        index = start + tl.arange(0, BLOCK)
+        tl.store(state_ptr + index, fresh + tl.zeros([BLOCK], tl.int64), mask=index < end)
+        start += BLOCK
+
+
+@device_function
+def wipe(
+    own_base,
+    state,
+    wiped,
+    rank,
+    SLOT_BYTES: tl.constexpr,
+    WORLD_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Set this program's share of the peers' rows at `wiped` back to ones."""
+    num_words = ((state & 0xFFFFFFFF) + 15) // 16 * 2
+    ones = tl.full([BLOCK], -1, tl.int64)
+    for step in tl.static_range(1, WORLD_SIZE):
+        peer = (rank + step) % WORLD_SIZE
+        row = tl.multiple_of(
+            (own_base + wiped + peer * SLOT_BYTES).to(tl.pointer_type(tl.int64)), 16
+        )
+        start = (tl.program_id(0) * BLOCK).to(tl.int64)
+        while start < num_words:
+            index = tl.multiple_of(start, 2) + tl.arange(0, BLOCK)
+            tl.store(row + index, ones, mask=index // 2 < num_words // 2)
+            start += tl.num_programs(0) * BLOCK
+
+
+@device_function
+def word_row(base, place, row, SLOT_BYTES: tl.constexpr, WORD: tl.constexpr):
+    """Address of row `row` of the buffer at `place` in the memory at `base`, as words."""
+    address = (base + place + row * SLOT_BYTES).to(tl.pointer_type(WORD))
+    return tl.multiple_of(address, 16)
+
+
+@device_function
+def send(pointer, words, mask):
+    """Store to a peer, past all caches."""
+    tl.store(pointer, words, mask=mask, cache_modifier=".wt")
+
+
+@device_function
+def receive(pointer, mask, abort_ptr):
+    """Poll own memory until every word under `mask` has arrived, or the abort word is set."""
+    words = tl.load(pointer, mask=mask, other=0, volatile=True)
+    pending = tl.max((words == -1).to(tl.int32), axis=None)
+    while pending != 0:
+        aborted = tl.load(abort_ptr, volatile=True)
+        words = tl.load(pointer, mask=mask, other=0, volatile=True)
+        # One value for all threads: they read the abort word at different moments.
+        pending = tl.max(((words == -1) & (aborted == 0)).to(tl.int32), axis=None)
+    return words
+
+
+@device_function
+def float_words(values, WORD: tl.constexpr):
+    """Floats as integers of their width, none of which is all ones."""
+    words = values.to(WORD, bitcast=True)
+    return tl.where(words == -1, -2, words).to(WORD)
+
+
+@device_function
+def receive_sum(
+    row_of_rank_0, offsets, own_words, mask, rank, abort_ptr,
+    ROW_WORDS: tl.constexpr, WORLD_SIZE: tl.constexpr, DTYPE: tl.constexpr, IS_MAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Poll all peers' rows at once and combine them with our own in rank order, in float32.
+
+    The same additions in the same order on every rank, so the same bits.
+    """
+    total = tl.zeros([BLOCK], tl.float32)
+    pending = 1
+    while pending != 0:
+        aborted = tl.load(abort_ptr, volatile=True)
+        missing = tl.zeros([BLOCK], tl.int32)
+        for peer in tl.static_range(WORLD_SIZE):
+            theirs = tl.load(
+                row_of_rank_0 + peer * ROW_WORDS + offsets,
+                mask=mask & (peer != rank),
+                other=0,
+                volatile=True,
+            )
+            words = tl.where(peer == rank, own_words, theirs)
+            missing |= (words == -1).to(tl.int32)
+            value = words.to(DTYPE, bitcast=True).to(tl.float32)
+            if peer == 0:
+                total = value
+            elif IS_MAX:
+                total = tl.maximum(total, value, propagate_nan=tl.PropagateNan.ALL)
+            else:
+                total += value
+        pending = tl.max(missing & (aborted == 0).to(tl.int32), axis=0)
+    return total
