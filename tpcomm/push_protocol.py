@@ -107,15 +107,14 @@ def receive_sum(
     pending = 1
     while pending != 0:
         aborted = tl.load(abort_ptr, volatile=True)
+        arrived = ()
+        for peer in tl.static_range(WORLD_SIZE):  # all on their way before one is looked at
+            place = row_of_rank_0 + peer * ROW_WORDS + offsets
+            theirs = tl.load(place, mask=mask & (peer != rank), other=0, volatile=True)
+            arrived = arrived + (theirs,)
         missing = tl.zeros([BLOCK], tl.int32)
         for peer in tl.static_range(WORLD_SIZE):
-            theirs = tl.load(
-                row_of_rank_0 + peer * ROW_WORDS + offsets,
-                mask=mask & (peer != rank),
-                other=0,
-                volatile=True,
-            )
-            words = tl.where(peer == rank, own_words, theirs)
+            words = tl.where(peer == rank, own_words, arrived[peer])
             missing |= (words == -1).to(tl.int32)
             value = words.to(DTYPE, bitcast=True).to(tl.float32)
             if peer == 0:
