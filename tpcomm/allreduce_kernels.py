@@ -39,7 +39,7 @@ _WORD_TYPES = {4: "int32", 2: "int16"}
 
 
 @jit(varying=("tensor_ptr", "num_vectors", "rank"))
-def _one_shot_kernel(
+def tpcomm_one_shot_all_reduce(
     tensor_ptr,
     bases_ptr,
     state_ptr,
@@ -86,7 +86,7 @@ def _one_shot_kernel(
 
 
 @jit(varying=("tensor_ptr", "num_elements", "rank"))
-def _one_shot_integer_kernel(
+def tpcomm_one_shot_integer_all_reduce(
     tensor_ptr,
     bases_ptr,
     state_ptr,
@@ -137,7 +137,7 @@ def _one_shot_integer_kernel(
 
 
 @jit(varying=("tensor_ptr", "num_vectors", "slice_vectors", "rank"))
-def _two_shot_kernel(
+def tpcomm_two_shot_all_reduce(
     tensor_ptr,
     bases_ptr,
     state_ptr,
@@ -261,13 +261,13 @@ def one_shot_launch(
         count = (tensor.numel(), tables.rank)
         shape = (tile.num_bytes // wire_bytes, is_max, wire_bytes // 8)
         arguments = (*addresses, *count, *sizes, *shape)
-        return Launch(_one_shot_integer_kernel, arguments, num_programs, tile.num_warps)
+        return Launch(tpcomm_one_shot_integer_all_reduce, arguments, num_programs, tile.num_warps)
     vector = vector_width(tensor)
     count = (tensor.numel() // vector, tables.rank)
     chunk = tile.num_bytes // tensor.dtype.itemsize
     shape = (chunk, vector, is_max, word_type(tensor.dtype))
     arguments = (*addresses, *count, *sizes, *shape)
-    return Launch(_one_shot_kernel, arguments, num_programs, tile.num_warps)
+    return Launch(tpcomm_one_shot_all_reduce, arguments, num_programs, tile.num_warps)
 
 
 def two_shot_launch(
@@ -298,7 +298,7 @@ def two_shot_launch(
         op == ReduceOp.MAX,
         word_type(tensor.dtype),
     )
-    return Launch(_two_shot_kernel, arguments, num_programs, tile.num_warps)
+    return Launch(tpcomm_two_shot_all_reduce, arguments, num_programs, tile.num_warps)
 
 
 def word_type(dtype: torch.dtype) -> Any:

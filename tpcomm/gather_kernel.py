@@ -23,7 +23,7 @@ _WORD_BYTES = 2
 
 
 @jit(varying=("source_ptr", "target_ptr", "num_vectors", "rank"))
-def _all_gather_kernel(
+def tpcomm_all_gather(
     source_ptr,
     target_ptr,
     bases_ptr,
@@ -99,4 +99,4 @@ def gather_launch(tensor: Tensor, out: Tensor, tables: StagingTables) -> Launch:
         chunk,
         vector,
     )
-    return Launch(_all_gather_kernel, arguments, -(-source.numel() // chunk), NUM_WARPS)
+    return Launch(tpcomm_all_gather, arguments, -(-source.numel() // chunk), NUM_WARPS)

@@ -44,7 +44,7 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 
 
 @jit(varying=("x_ptr", "rank", "eps"))
-def _all_reduce_add_rms_norm_kernel(
+def tpcomm_all_reduce_add_rms_norm(
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -169,4 +169,4 @@ def fused_launch(
     row_vectors = block * x.dtype.itemsize // 16
     num_warps = min(max(row_vectors // 32, 1), _MAX_WARPS)
     arguments = (x, residual, weight, out, *addresses, *shape)
-    return Launch(_all_reduce_add_rms_norm_kernel, arguments, len(x), num_warps)
+    return Launch(tpcomm_all_reduce_add_rms_norm, arguments, len(x), num_warps)

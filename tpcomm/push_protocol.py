@@ -13,7 +13,7 @@ from tpcomm.triton_language import device_function, tl
 def begin_call(state_ptr, SLOT_BYTES: tl.constexpr, WORLD_SIZE: tl.constexpr):
     """(state, offset of this call's buffer, offset of the buffer to wipe), offsets in bytes."""
     state = tl.load(state_ptr + tl.program_id(0))
-    buffer = state >> 32
+    buffer = (state >> 32).to(tl.int32)
     before = (buffer + 2) % 3
     return state, buffer * (WORLD_SIZE * SLOT_BYTES), before * (WORLD_SIZE * SLOT_BYTES)
 
@@ -22,8 +22,8 @@ def begin_call(state_ptr, SLOT_BYTES: tl.constexpr, WORLD_SIZE: tl.constexpr):
 def end_call(state_ptr, state, used_bytes, NUM_STATES: tl.constexpr, BLOCK: tl.constexpr):
     """Move all state entries to the next buffer; `used_bytes` of each row were sent to."""
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    buffer = ((state >> 32) + 1) % 3
-    fresh = (buffer << 32) | used_bytes.to(tl.int64)
+    buffer = ((state >> 32).to(tl.int32) + 1) % 3
+    fresh = (buffer.to(tl.int64) << 32) | used_bytes.to(tl.int64)
     tl.store(state_ptr + program, fresh)
     share = tl.cdiv(NUM_STATES - num_programs, num_programs)
     first = num_programs + program * share
@@ -46,14 +46,14 @@ def wipe(
     BLOCK: tl.constexpr,
 ):
     """Set this program's share of the peers' rows at `wiped` back to ones."""
-    num_words = ((state & 0xFFFFFFFF) + 15) // 16 * 2
+    num_words = ((state & 0xFFFFFFFF).to(tl.int32) + 15) // 16 * 2
     ones = tl.full([BLOCK], -1, tl.int64)
     for step in tl.static_range(1, WORLD_SIZE):
         peer = (rank + step) % WORLD_SIZE
         row = tl.multiple_of(
             (own_base + wiped + peer * SLOT_BYTES).to(tl.pointer_type(tl.int64)), 16
         )
-        start = (tl.program_id(0) * BLOCK).to(tl.int64)
+        start = tl.program_id(0) * BLOCK
         while start < num_words:
             index = tl.multiple_of(start, 2) + tl.arange(0, BLOCK)
             tl.store(row + index, ones, mask=index // 2 < num_words // 2)
@@ -107,15 +107,14 @@ def receive_sum(
     pending = 1
     while pending != 0:
         aborted = tl.load(abort_ptr, volatile=True)
+        arrived = ()
+        for peer in tl.static_range(WORLD_SIZE):  # all on their way before one is looked at
+            place = row_of_rank_0 + peer * ROW_WORDS + offsets
+            theirs = tl.load(place, mask=mask & (peer != rank), other=0, volatile=True)
+            arrived = arrived + (theirs,)
         missing = tl.zeros([BLOCK], tl.int32)
         for peer in tl.static_range(WORLD_SIZE):
-            theirs = tl.load(
-                row_of_rank_0 + peer * ROW_WORDS + offsets,
-                mask=mask & (peer != rank),
-                other=0,
-                volatile=True,
-            )
-            words = tl.where(peer == rank, own_words, theirs)
+            words = tl.where(peer == rank, own_words, arrived[peer])
             missing |= (words == -1).to(tl.int32)
             value = words.to(DTYPE, bitcast=True).to(tl.float32)
             if peer == 0:
