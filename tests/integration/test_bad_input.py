@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 import pytest
 
-from lockstep.client import Client, chat_request, ids_request, text_request
 from protos.lockstep.v1 import generate_pb2
+from tests.helpers.message_client import Client, chat_request, ids_request, text_request
 from tests.helpers.served_group import ServedGroup
 from tests.helpers.tiny_models import write_tiny_model
 from tests.integration.conftest import CPU_FLAGS

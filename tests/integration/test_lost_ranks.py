@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from lockstep.client import ids_request
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.errors import CallFailed
+from tests.helpers.message_client import ids_request
 from tests.helpers.tiny_models import write_tiny_model
 from tests.integration.chaos_support import (
     END_LIMIT_S,

@@ -1,0 +1,307 @@
+"""Streams of both clients against a scripted server: order, ends, retries, resume."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+
+from lockstep.client import (
+    Client,
+    ClientConfig,
+    Delta,
+    FinishReason,
+    GenerateRequest,
+    RetryPolicy,
+    SamplingParams,
+)
+from tests.helpers import scripted_server
+from tests.helpers.client_runs import KINDS, stream
+from tests.helpers.scripted_server import (
+    EOS_ID,
+    IDS,
+    STORY,
+    TEXT,
+    ScriptedServer,
+    breaks_after,
+    ends_early,
+    fails,
+    hangs_after,
+    mixed_samples,
+    serving,
+)
+
+_AWAY = grpc.StatusCode.UNAVAILABLE
+_FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
+_CONFIG = ClientConfig(
+    timeout_s=30.0, retry=RetryPolicy(max_attempts=3, initial_backoff_s=0.01, max_backoff_s=0.02)
+)
+_REQUEST = GenerateRequest("x", SamplingParams(max_tokens=8))
+
+both = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    yield ScriptedServer()
+
+
+@pytest.fixture
+def address(server: ScriptedServer) -> Iterator[str]:
+    with serving(server) as address:
+        yield address
+
+
+@both
+def test_deltas_come_in_order_with_started_finished_and_times(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    run = stream(kind, address, _REQUEST, _CONFIG)
+    assert run.error is None
+    assert run.deltas == [Delta(text, (token,)) for text, token in STORY]
+    assert run.generation.started.seed == scripted_server.DRAWN_SEED
+    assert run.generation.finished.usage.output_token_count == len(IDS)
+    assert run.generation.times == {"lockstep-queue-ms": "1.500"}
+    assert len(server.requests) == 1
+
+
+@both
+def test_samples_are_told_apart_and_finished_is_sample_0s(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    server.plant(mixed_samples)
+    run = stream(kind, address, GenerateRequest("x", SamplingParams(n=3)), _CONFIG)
+    assert {delta.sample_index for delta in run.deltas} == {0, 1, 2}
+    assert sorted(run.generation.finished_samples) == [0, 1, 2]
+    assert run.generation.finished == run.generation.finished_samples[0]
+
+
+@both
+def test_a_call_without_tokens_is_tried_again_until_it_is_served(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    server.plant(fails(_AWAY), breaks_after(0))
+    run = stream(kind, address, _REQUEST, _CONFIG)
+    assert (run.error, run.text) == (None, TEXT)
+    assert len(server.requests) == 3
+    # What was promised in the second call's `started` is kept.
+    assert server.requests[2].sampling_params.seed == scripted_server.DRAWN_SEED
+    assert not server.requests[1].sampling_params.HasField("seed")
+
+
+@both
+def test_attempts_end_with_the_last_error(kind: str, server: ScriptedServer, address: str) -> None:
+    server.plant(*[fails(_AWAY, f"attempt {number}") for number in (1, 2, 3)])
+    run = stream(kind, address, _REQUEST, _CONFIG)
+    assert str(run.error) == "UNAVAILABLE: attempt 3"
+    assert len(server.requests) == 3
+    assert run.generation.times == {"lockstep-queue-ms": "1.500"}
+
+
+@both
+@pytest.mark.parametrize(
+    "code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL, _FULL]
+)
+def test_what_would_fail_again_is_not_tried_again(
+    kind: str, server: ScriptedServer, address: str, code: grpc.StatusCode
+) -> None:
+    server.plant(fails(code))
+    run = stream(kind, address, _REQUEST, _CONFIG)
+    assert run.error is not None and run.error.code == code.name
+    assert len(server.requests) == 1
+
+
+@both
+def test_tokens_that_were_delivered_forbid_another_attempt(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    server.plant(breaks_after(1))
+    run = stream(kind, address, _REQUEST, _CONFIG)
+    assert run.text == "Hi "
+    assert run.error is not None and str(run.error).startswith("UNAVAILABLE: rank 1 lost at step 5")
+    assert len(server.requests) == 1
+
+
+@both
+def test_a_full_server_says_when_to_come_again(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    server.plant(fails(_FULL, "the queue is full", ("grpc-retry-pushback-ms", "300")))
+    run = stream(kind, address, _REQUEST, _CONFIG)
+    assert (run.error, run.text) == (None, TEXT)
+    first, second = server.arrivals
+    assert second - first >= 0.3
+
+
+@both
+def test_a_delay_beyond_the_deadline_is_told_at_once(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    server.plant(fails(_FULL, "the queue is full", ("grpc-retry-pushback-ms", "60000")))
+    run = stream(kind, address, _REQUEST, _CONFIG)
+    assert run.error is not None and run.error.retry_delay_s == 60.0
+    assert len(server.requests) == 1
+
+
+@both
+def test_a_server_that_says_never_is_not_asked_again(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    server.plant(fails(_AWAY, "draining", ("grpc-retry-pushback-ms", "-1")))
+    run = stream(kind, address, _REQUEST, _CONFIG)
+    assert run.error is not None and run.error.message == "draining"
+    assert len(server.requests) == 1
+
+
+@both
+def test_the_limit_ends_a_stream_that_says_nothing(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    server.plant(hangs_after(1))
+    run = stream(kind, address, _REQUEST, _CONFIG, timeout_s=0.5)
+    assert run.text == "Hi "
+    assert run.error is not None and run.error.code == "DEADLINE_EXCEEDED"
+    assert server.cancelled.wait(scripted_server.WAIT_S)
+
+
+@both
+def test_every_attempt_has_what_is_left_of_the_limit(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    server.plant(fails(_FULL, "full", ("grpc-retry-pushback-ms", "1000")))
+    stream(kind, address, _REQUEST, _CONFIG, timeout_s=9.0)
+    first_s, second_s = server.limits_s
+    # gRPC rounds limits up on the way.
+    assert second_s <= 8.1 < first_s <= 9.1
+
+
+@both
+def test_a_stream_without_its_last_message_is_an_error(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    server.plant(ends_early)
+    run = stream(kind, address, _REQUEST, _CONFIG)
+    assert run.text == TEXT
+    assert run.error is not None and "without its last message" in run.error.message
+
+
+@both
+def test_a_resumed_stream_goes_on_where_it_broke_with_the_same_seed(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    server.plant(breaks_after(1), fails(_AWAY), breaks_after(1))
+    run = stream(kind, address, _REQUEST, _CONFIG, resume=True)
+    assert (run.error, run.text, run.token_ids) == (None, TEXT, IDS)
+    assert [list(request.resume_output_ids) for request in server.requests] == [
+        [],
+        [4],
+        [4],
+        [4, 5],
+    ]
+    seeds = [request.sampling_params.seed for request in server.requests]
+    assert seeds == [0, *[scripted_server.DRAWN_SEED] * 3]
+
+
+@both
+def test_resume_is_on_by_configuration_and_off_by_call(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    config = ClientConfig(timeout_s=30.0, retry=_CONFIG.retry, resume=True)
+    server.plant(breaks_after(2))
+    assert stream(kind, address, _REQUEST, config).text == TEXT
+    server.plant(breaks_after(2))
+    assert stream(kind, address, _REQUEST, config, resume=False).error is not None
+
+
+@both
+def test_own_resumed_ids_come_first_and_are_not_delivered(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    server.plant(breaks_after(1))
+    request = GenerateRequest("x", SamplingParams(max_tokens=8, seed=5), resume_output_ids=[4])
+    run = stream(kind, address, request, _CONFIG, resume=True)
+    assert run.token_ids == IDS[1:]
+    assert list(server.requests[1].resume_output_ids) == [4, 5]
+    assert server.requests[1].sampling_params.seed == 5
+
+
+@both
+@pytest.mark.parametrize(
+    ("story", "params", "reason", "stop_id"),
+    [
+        (STORY, SamplingParams(max_tokens=3), FinishReason.LENGTH, None),
+        ((*STORY, ("", EOS_ID)), SamplingParams(max_tokens=8), FinishReason.STOP, EOS_ID),
+        (STORY, SamplingParams(stop_token_ids=[6]), FinishReason.STOP, 6),
+        ([("a", 9)] * 61, SamplingParams(), FinishReason.LENGTH, None),
+    ],
+    ids=["max_tokens", "end of sequence", "stop id", "context"],
+)
+def test_a_break_after_the_last_token_asks_for_no_more(
+    kind: str,
+    server: ScriptedServer,
+    address: str,
+    story: Any,
+    params: SamplingParams,
+    reason: FinishReason,
+    stop_id: int | None,
+) -> None:
+    server.story = story
+    server.plant(breaks_after(len(story)))
+    run = stream(kind, address, GenerateRequest("x", params), _CONFIG, resume=True)
+    assert run.error is None
+    assert len(server.requests) == 1
+    finished = run.generation.finished
+    assert (finished.finish_reason, finished.stop_token_id) == (reason, stop_id)
+    assert finished.usage.output_token_count == len(story)
+
+
+@both
+def test_an_end_of_sequence_that_is_ignored_ends_nothing(
+    kind: str, server: ScriptedServer, address: str
+) -> None:
+    server.story = (("", EOS_ID), *STORY)
+    server.plant(breaks_after(1))
+    request = GenerateRequest("x", SamplingParams(max_tokens=8, ignore_eos=True))
+    assert stream(kind, address, request, _CONFIG, resume=True).text == TEXT
+
+
+def test_only_one_sample_can_be_resumed(address: str) -> None:
+    with Client(address, _CONFIG) as client, pytest.raises(ValueError, match="n is 2"):
+        client.generate(GenerateRequest("x", SamplingParams(n=2)), resume=True)
+
+
+@both
+def test_a_server_that_dies_and_comes_back_at_its_port_is_resumed(kind: str) -> None:
+    first, second = ScriptedServer(), ScriptedServer()
+    first.plant(hangs_after(2))
+    config = ClientConfig(
+        timeout_s=60.0, resume=True, retry=RetryPolicy(max_attempts=20, max_backoff_s=0.5)
+    )
+    with contextlib.ExitStack() as first_life, ThreadPoolExecutor(1) as pool:
+        address = first_life.enter_context(serving(first))
+        run = pool.submit(stream, kind, address, _REQUEST, config)
+        assert first.told.wait(scripted_server.WAIT_S)
+        first_life.close()
+        with serving(second, port=int(address.rpartition(":")[2])):
+            outcome = run.result(60.0)
+    assert (outcome.error, outcome.text) == (None, TEXT)
+    assert list(second.requests[-1].resume_output_ids) == list(IDS[:2])
+
+
+def test_calls_are_under_way_before_they_are_iterated(server: ScriptedServer, address: str) -> None:
+    with Client(address, _CONFIG) as client:
+        generations = [client.generate(_REQUEST) for _ in range(3)]
+        assert server.arrived(3)
+        assert ["".join(delta.text for delta in each) for each in generations] == [TEXT] * 3
+
+
+def test_threads_share_a_client(server: ScriptedServer, address: str) -> None:
+    with Client(address, _CONFIG) as client, ThreadPoolExecutor(8) as pool:
+        texts = pool.map(
+            lambda _: "".join(delta.text for delta in client.generate(_REQUEST)), range(16)
+        )
+        assert list(texts) == [TEXT] * 16
