@@ -11,11 +11,6 @@ LockstepError
     └── Cancelled           CANCELLED: closed or cancelled on our side
 """
 
-import re
-
-# How coordinator.errors.BadRequest words a refusal.
-_FIELD = re.compile(r"([a-z_][\w.\[\] ]*) is .*; it must be ", re.DOTALL)
-
 
 class LockstepError(Exception):
     """Base of everything this package raises on purpose."""
@@ -36,23 +31,25 @@ class ConfigError(LockstepError):
 class CallFailed(LockstepError):
     """A call ended with a status. Its text is `code`: `message`."""
 
-    def __init__(self, code: str, message: str, retry_delay_s: float | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        retry_delay_s: float | None = None,
+        field: str | None = None,
+    ) -> None:
         """`code` is the name of the gRPC status, "UNAVAILABLE" for example."""
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
         self.retry_delay_s = retry_delay_s
         """Seconds after which to try again, by the server; inf: never; None: it does not say."""
+        self.field = field
+        """Path of the request's field at fault ("sampling_params.top_p"); None if none is named."""
 
 
 class InvalidRequest(CallFailed):
     """The server refuses a value."""
-
-    @property
-    def field(self) -> str | None:
-        """The field of the request that is at fault; None if the message names none."""
-        named = _FIELD.match(self.message)
-        return named[1] if named else None
 
 
 class AccessDenied(CallFailed):

@@ -7,6 +7,7 @@ server. A test plants what its next calls do; calls beyond that are served whole
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections import deque
@@ -62,7 +63,10 @@ class ScriptedServer(generate_pb2_grpc.GenerateServiceServicer):
                 case "started":
                     answer.started.CopyFrom(event.started)
                 case "prompt_logprobs":
-                    answer.prompt_logprobs.MergeFrom(event.prompt_logprobs)
+                    piece, joined = event.prompt_logprobs, answer.prompt_logprobs
+                    joined.first_position = joined.first_position or piece.first_position
+                    joined.token_ids.extend(piece.token_ids)
+                    joined.logprobs.extend(piece.logprobs)
                 case "delta":
                     answer.output.text += event.delta.text
                     answer.output.token_ids.extend(event.delta.token_ids)
@@ -181,6 +185,42 @@ def mixed_samples(
             yield generate_pb2.GenerateResponse(delta=delta)
     for index in reversed(range(count)):
         yield finished(2, index)
+
+
+def scores(server: ScriptedServer, request: generate_pb2.GenerateRequest, context: Any) -> Any:
+    """Log-probabilities of the prompt, in pieces of two tokens, then one token.
+
+    A text's tokens are its words, each with the white space before it; the id is its length. A
+    token's log-probability is -id / 4; even ids are the most likely at their place.
+    """
+    prompt = list(request.token_ids.ids)
+    if request.HasField("text"):
+        prompt = [len(word) for word in re.findall(r"\s*\S+|\s+$", request.text)]
+    yield generate_pb2.GenerateResponse(
+        started=generate_pb2.Started(request_id="r", prompt_token_count=len(prompt))
+    )
+    if request.sampling_params.HasField("prompt_logprobs"):
+        for first in range(1, len(prompt), 2):
+            yield generate_pb2.GenerateResponse(
+                prompt_logprobs=_prompt_piece(prompt[first : first + 2], first)
+            )
+    delta = generate_pb2.Delta(text="x", token_ids=[9])
+    yield generate_pb2.GenerateResponse(delta=delta)
+    yield finished(1)
+
+
+def _prompt_piece(ids: Sequence[int], first_position: int) -> generate_pb2.PromptLogprobs:
+    entries = [
+        generate_pb2.TokenLogprobs(
+            logprob=-token / 4,
+            top_token_ids=[token + token % 2],
+            top_logprobs=[-token / 4 if token % 2 == 0 else 0.0],
+        )
+        for token in ids
+    ]
+    return generate_pb2.PromptLogprobs(
+        first_position=first_position, token_ids=ids, logprobs=entries
+    )
 
 
 @contextlib.contextmanager
