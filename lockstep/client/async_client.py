@@ -7,11 +7,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from lockstep.client.async_generation import (
-    AsyncGeneration,
-    AsyncStreamCalls,
-    raise_if_not_the_tasks_own,
-)
+from lockstep.client.async_generation import AsyncGeneration, raise_if_not_the_tasks_own
 from lockstep.client.channel import call_metadata, open_async_channel
 from lockstep.client.config import ClientConfig
 from lockstep.client.progress import StreamProgress
@@ -63,7 +59,7 @@ class AsyncClient:
         return AsyncGeneration(
             StreamProgress(request, may_resume),
             self._retries(timeout_s),
-            AsyncStreamCalls(generate=self._generate, model_info=self._model_info),
+            self._open_stream,
         )
 
     def chat(
@@ -142,12 +138,8 @@ class AsyncClient:
         limit_s = self._config.timeout_s if timeout_s is None else timeout_s
         return Retries(self._config.retry, limit_s)
 
-    def _generate(self, message: generate_pb2.GenerateRequest, timeout_s: float) -> Any:
+    def _open_stream(self, message: generate_pb2.GenerateRequest, timeout_s: float) -> Any:
         return self._open(self._stub.Generate, message, timeout_s)
-
-    async def _model_info(self, timeout_s: float) -> ModelInfo:
-        message = generate_pb2.GetModelInfoRequest()
-        return model_info_of(await self._open(self._stub.GetModelInfo, message, timeout_s))
 
     async def _called(self, method: Callable[..., Any], message: Any, retries: Retries) -> Any:
         """The answer of a unary call, tried again while that is of use."""

@@ -1,27 +1,21 @@
 """A streaming call of the asynchronous client."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
 from lockstep.client.progress import StreamProgress
-from lockstep.client.results import Delta, Finished, ModelInfo, PromptLogprobs, Started
+from lockstep.client.results import Delta, Finished, PromptLogprobs, Started
 from lockstep.client.retries import Retries
 from lockstep.client.statuses import call_failed, failure
 from lockstep.errors import CallFailed
 from protos.lockstep.v1 import generate_pb2
 
-
-@dataclass(frozen=True)
-class AsyncStreamCalls:
-    """The calls that a stream is made of; the number is a time limit in seconds."""
-
-    generate: Callable[[generate_pb2.GenerateRequest, float], Any]
-    model_info: Callable[[float], Awaitable[ModelInfo]]
+OpenCall = Callable[[generate_pb2.GenerateRequest, float], Any]
+"""Sends a request with a limit in seconds; gives gRPC's call."""
 
 
 class AsyncGeneration:
@@ -31,10 +25,10 @@ class AsyncGeneration:
     iteration.
     """
 
-    def __init__(self, progress: StreamProgress, retries: Retries, calls: AsyncStreamCalls) -> None:
+    def __init__(self, progress: StreamProgress, retries: Retries, open_call: OpenCall) -> None:
         self._progress = progress
-        self._first_call = calls.generate(progress.next_message(), retries.remaining_s())
-        self._deltas = _deltas(progress, retries, calls, self._first_call)
+        self._first_call = open_call(progress.next_message(), retries.remaining_s())
+        self._deltas = _deltas(progress, retries, open_call, self._first_call)
 
     @property
     def started(self) -> Started | None:
@@ -88,7 +82,7 @@ class AsyncGeneration:
 
 
 async def _deltas(
-    progress: StreamProgress, retries: Retries, calls: AsyncStreamCalls, call: Any
+    progress: StreamProgress, retries: Retries, open_call: OpenCall, call: Any
 ) -> AsyncGenerator[Delta]:
     """All attempts' deltas, one after the other. Closing it cancels what is in flight."""
     failed: CallFailed | None = None
@@ -96,11 +90,7 @@ async def _deltas(
         try:
             if failed is not None:
                 await asyncio.sleep(retries.delay_s(failed))
-                if progress.is_resuming:
-                    model = await calls.model_info(retries.remaining_s())
-                    if progress.finish_if_complete(model):
-                        return
-                call = calls.generate(progress.next_message(), retries.remaining_s())
+                call = open_call(progress.next_message(), retries.remaining_s())
             async for event in call:
                 delta = progress.take(event)
                 if delta is not None:
@@ -117,6 +107,8 @@ async def _deltas(
             raise
         finally:
             call.cancel()  # without effect once it has ended
+        if progress.is_complete:
+            return  # all that was lost is the status
         if not progress.may_retry:
             raise failed
 

@@ -9,7 +9,7 @@ import grpc
 
 from lockstep.client.channel import call_metadata, open_channel
 from lockstep.client.config import ClientConfig
-from lockstep.client.generation import Generation, StreamCalls
+from lockstep.client.generation import Generation
 from lockstep.client.pauses import Pauses
 from lockstep.client.progress import StreamProgress
 from lockstep.client.requests import Chat, ChatMessage, GenerateRequest, SamplingParams
@@ -71,7 +71,7 @@ class Client:
         return Generation(
             StreamProgress(request, may_resume),
             self._retries(timeout_s),
-            StreamCalls(generate=self._generate, model_info=self._model_info),
+            self._open_stream,
             self._pauses,
         )
 
@@ -156,12 +156,8 @@ class Client:
         limit_s = self._config.timeout_s if timeout_s is None else timeout_s
         return Retries(self._config.retry, limit_s)
 
-    def _generate(self, message: generate_pb2.GenerateRequest, timeout_s: float) -> Any:
+    def _open_stream(self, message: generate_pb2.GenerateRequest, timeout_s: float) -> Any:
         return self._open(self._stub.Generate, message, timeout_s)
-
-    def _model_info(self, timeout_s: float) -> ModelInfo:
-        message = generate_pb2.GetModelInfoRequest()
-        return model_info_of(self._open(self._stub.GetModelInfo, message, timeout_s))
 
     def _called(self, method: Callable[..., Any], message: Any, retries: Retries) -> Any:
         """The answer of a unary call, tried again while that is of use."""

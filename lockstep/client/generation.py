@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,19 +9,14 @@ import grpc
 
 from lockstep.client.pauses import Pauses
 from lockstep.client.progress import StreamProgress
-from lockstep.client.results import Delta, Finished, ModelInfo, PromptLogprobs, Started
+from lockstep.client.results import Delta, Finished, PromptLogprobs, Started
 from lockstep.client.retries import Retries
 from lockstep.client.statuses import call_failed
 from lockstep.errors import CallFailed
 from protos.lockstep.v1 import generate_pb2
 
-
-@dataclass(frozen=True)
-class StreamCalls:
-    """The calls that a stream is made of; the number is a time limit in seconds."""
-
-    generate: Callable[[generate_pb2.GenerateRequest, float], Any]
-    model_info: Callable[[float], ModelInfo]
+OpenCall = Callable[[generate_pb2.GenerateRequest, float], Any]
+"""Sends a request with a limit in seconds; gives gRPC's call."""
 
 
 class Generation:
@@ -33,13 +27,13 @@ class Generation:
     """
 
     def __init__(
-        self, progress: StreamProgress, retries: Retries, calls: StreamCalls, pauses: Pauses
+        self, progress: StreamProgress, retries: Retries, open_call: OpenCall, pauses: Pauses
     ) -> None:
         self._progress = progress
         self._attempt = _Attempt(pauses)
-        self._attempt.begin(lambda: calls.generate(progress.next_message(), retries.remaining_s()))
+        self._attempt.begin(lambda: open_call(progress.next_message(), retries.remaining_s()))
         # Not a method: it would hold this object, and dropping it would not cancel the call.
-        self._deltas = _deltas(progress, retries, calls, self._attempt)
+        self._deltas = _deltas(progress, retries, open_call, self._attempt)
 
     @property
     def started(self) -> Started | None:
@@ -122,7 +116,7 @@ class _Attempt:
 
 
 def _deltas(
-    progress: StreamProgress, retries: Retries, calls: StreamCalls, attempt: _Attempt
+    progress: StreamProgress, retries: Retries, open_call: OpenCall, attempt: _Attempt
 ) -> Generator[Delta]:
     """All attempts' deltas, one after the other. Closing it cancels what is in flight."""
     failed: CallFailed | None = None
@@ -130,19 +124,15 @@ def _deltas(
         try:
             if failed is not None:
                 attempt.pause(retries.delay_s(failed))
-                if progress.is_resuming:
-                    model = calls.model_info(retries.remaining_s())
-                    if progress.finish_if_complete(model):
-                        return
-                attempt.begin(
-                    lambda: calls.generate(progress.next_message(), retries.remaining_s())
-                )
+                attempt.begin(lambda: open_call(progress.next_message(), retries.remaining_s()))
             for delta in _attempt_deltas(progress, attempt.call):
                 retries.note_progress()
                 yield delta
             return
         except grpc.RpcError as error:
             failed = call_failed(error)
+        if progress.is_complete:
+            return  # all that was lost is the status
         if not progress.may_retry:
             raise failed
 

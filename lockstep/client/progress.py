@@ -3,15 +3,7 @@
 from collections.abc import Iterable
 
 from lockstep.client.requests import GenerateRequest
-from lockstep.client.results import (
-    Delta,
-    Finished,
-    FinishReason,
-    ModelInfo,
-    PromptLogprobs,
-    Started,
-    Usage,
-)
+from lockstep.client.results import Delta, Finished, PromptLogprobs, Started
 from lockstep.client.statuses import failure
 from lockstep.client.wire import (
     delta_of,
@@ -36,7 +28,6 @@ class StreamProgress:
         if may_resume and self._num_samples > 1:
             raise ValueError(f"n is {self._num_samples}; only a single sample can be resumed")
         self._may_resume = may_resume
-        self._num_resumed_before = len(self._message.resume_output_ids)
         self._has_output = False
         self._prompt_pieces: list[generate_pb2.PromptLogprobs] = []
         self.started: Started | None = None
@@ -54,12 +45,13 @@ class StreamProgress:
         return self._may_resume or not self._has_output
 
     @property
-    def is_resuming(self) -> bool:
-        """The next attempt goes on after tokens that were delivered."""
-        return self._may_resume and self._has_output
+    def is_complete(self) -> bool:
+        """The last message of every sample has come."""
+        return self.started is not None and len(self.finished) == self._num_samples
 
     def next_message(self) -> generate_pb2.GenerateRequest:
         """What the next attempt sends: the delivered ids and the seed that they were made with."""
+        self.finished.clear()
         if self.started is not None:
             self._params.seed = self.started.seed
         if self._has_output:
@@ -91,28 +83,5 @@ class StreamProgress:
 
     def check_complete(self) -> None:
         """Raises CallFailed if the stream has ended well and yet too early."""
-        if self.started is None or len(self.finished) != self._num_samples:
+        if not self.is_complete:
             raise failure("INTERNAL", "the server ended the stream without its last message")
-
-    def finish_if_complete(self, model: ModelInfo) -> bool:
-        """Whether the delivered output is whole and only the word of it was lost; then finishes it.
-
-        A stop id that was delivered is the last id; the server would go on after it.
-        """
-        assert self.started is not None
-        ids = self._message.resume_output_ids
-        stop_ids = {*self._params.stop_token_ids}
-        if not self._params.ignore_eos:
-            stop_ids.update(model.eos_token_ids)
-        num_prompt = self.started.prompt_token_count
-        room = model.max_model_len - num_prompt
-        most = self._params.max_tokens if self._params.HasField("max_tokens") else room
-        stop_id = ids[-1] if len(ids) > self._num_resumed_before and ids[-1] in stop_ids else None
-        if stop_id is None and len(ids) < most:
-            return False
-        self.finished[0] = Finished(
-            finish_reason=FinishReason.LENGTH if stop_id is None else FinishReason.STOP,
-            usage=Usage(num_prompt, len(ids), 0),
-            stop_token_id=stop_id,
-        )
-        return True

@@ -23,7 +23,6 @@ WAIT_S = 20.0
 STORY = (("Hi ", 4), ("the", 5), ("re", 6))
 TEXT = "Hi there"
 IDS = (4, 5, 6)
-EOS_ID = 2
 NUM_PROMPT_TOKENS = 3
 MAX_MODEL_LEN = 64
 DRAWN_SEED = 7
@@ -78,9 +77,7 @@ class ScriptedServer(generate_pb2_grpc.GenerateServiceServicer):
         return generate_pb2.AbortResponse(was_active=request.request_id == "r")
 
     def GetModelInfo(self, request: Any, context: Any) -> Any:
-        return generate_pb2.GetModelInfoResponse(
-            model="story", max_model_len=MAX_MODEL_LEN, eos_token_ids=[EOS_ID]
-        )
+        return generate_pb2.GetModelInfoResponse(model="story", max_model_len=MAX_MODEL_LEN)
 
     def GetServerInfo(self, request: Any, context: Any) -> Any:
         return generate_pb2.GetServerInfoResponse(
@@ -109,6 +106,12 @@ def whole(server: ScriptedServer, request: generate_pb2.GenerateRequest, context
     """Served to the end."""
     yield from tokens(server, request)
     yield finished(len(server.story))
+
+
+def whole_and_broken(server: ScriptedServer, request: Any, context: Any) -> Any:
+    """Served to the end, whose status is lost."""
+    yield from whole(server, request, context)
+    context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
 
 
 def fails(code: grpc.StatusCode, message: str = "planted", *metadata: tuple[str, str]) -> Script:

@@ -103,6 +103,12 @@ def test_a_resumed_request_goes_on_as_the_whole_would(client: Client) -> None:
     rest = client.generate_unary(resumed).samples[0]
     assert rest.token_ids == whole.token_ids[5:]
     assert whole.text.endswith(rest.text)
+    # Only the word of its end was lost.
+    ended = client.generate(
+        GenerateRequest("Once upon", sampling, resume_output_ids=whole.token_ids)
+    )
+    assert list(ended) == []
+    assert ended.finished == whole.finished
 
 
 def test_leaving_a_stream_and_abort_both_end_the_request(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import grpc
 import pytest
@@ -22,7 +21,6 @@ from lockstep.client import (
 from tests.helpers import scripted_server
 from tests.helpers.client_runs import KINDS, stream
 from tests.helpers.scripted_server import (
-    EOS_ID,
     IDS,
     STORY,
     TEXT,
@@ -33,6 +31,7 @@ from tests.helpers.scripted_server import (
     hangs_after,
     mixed_samples,
     serving,
+    whole_and_broken,
 )
 
 _AWAY = grpc.StatusCode.UNAVAILABLE
@@ -230,43 +229,25 @@ def test_own_resumed_ids_come_first_and_are_not_delivered(
 
 
 @both
-@pytest.mark.parametrize(
-    ("story", "params", "reason", "stop_id"),
-    [
-        (STORY, SamplingParams(max_tokens=3), FinishReason.LENGTH, None),
-        ((*STORY, ("", EOS_ID)), SamplingParams(max_tokens=8), FinishReason.STOP, EOS_ID),
-        (STORY, SamplingParams(stop_token_ids=[6]), FinishReason.STOP, 6),
-        ([("a", 9)] * 61, SamplingParams(), FinishReason.LENGTH, None),
-    ],
-    ids=["max_tokens", "end of sequence", "stop id", "context"],
-)
-def test_a_break_after_the_last_token_asks_for_no_more(
-    kind: str,
-    server: ScriptedServer,
-    address: str,
-    story: Any,
-    params: SamplingParams,
-    reason: FinishReason,
-    stop_id: int | None,
+def test_a_break_after_the_last_token_asks_how_it_ended(
+    kind: str, server: ScriptedServer, address: str
 ) -> None:
-    server.story = story
-    server.plant(breaks_after(len(story)))
-    run = stream(kind, address, GenerateRequest("x", params), _CONFIG, resume=True)
-    assert run.error is None
-    assert len(server.requests) == 1
-    finished = run.generation.finished
-    assert (finished.finish_reason, finished.stop_token_id) == (reason, stop_id)
-    assert finished.usage.output_token_count == len(story)
+    server.plant(breaks_after(len(IDS)))
+    run = stream(kind, address, _REQUEST, _CONFIG, resume=True)
+    assert (run.error, run.text) == (None, TEXT)
+    assert list(server.requests[1].resume_output_ids) == list(IDS)
+    assert run.generation.finished.finish_reason is FinishReason.LENGTH
 
 
 @both
-def test_an_end_of_sequence_that_is_ignored_ends_nothing(
-    kind: str, server: ScriptedServer, address: str
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_break_after_the_last_message_loses_nothing(
+    kind: str, server: ScriptedServer, address: str, resume: bool
 ) -> None:
-    server.story = (("", EOS_ID), *STORY)
-    server.plant(breaks_after(1))
-    request = GenerateRequest("x", SamplingParams(max_tokens=8, ignore_eos=True))
-    assert stream(kind, address, request, _CONFIG, resume=True).text == TEXT
+    server.plant(whole_and_broken)
+    run = stream(kind, address, _REQUEST, _CONFIG, resume=resume)
+    assert (run.error, run.text, len(server.requests)) == (None, TEXT, 1)
+    assert run.generation.finished is not None
 
 
 def test_only_one_sample_can_be_resumed(address: str) -> None:
