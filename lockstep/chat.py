@@ -73,7 +73,7 @@ class _Talk:
             except KeyboardInterrupt:
                 num_interrupts += 1
                 if num_interrupts > 1 or not self._is_terminal:
-                    self._say("")
+                    self._say("\n(ended)")
                     return _INTERRUPTED
                 self._say("\n(Ctrl-C again, Ctrl-D or /quit ends the chat)")
                 continue

@@ -227,19 +227,20 @@ def _prompt_piece(ids: Sequence[int], first_position: int) -> generate_pb2.Promp
 
 
 @contextlib.contextmanager
-def serving(server: ScriptedServer, port: int = 0, credentials: Any = None) -> Iterator[str]:
-    """Serves for the length of the block; gives host:port. Leaving it breaks what is in flight."""
+def serving(
+    server: ScriptedServer, address: str = "127.0.0.1:0", credentials: Any = None
+) -> Iterator[str]:
+    """Serves for the length of the block, whose end breaks what is in flight; gives the address."""
     with ThreadPoolExecutor(32) as executor:
         instance = grpc.server(executor, options=[("grpc.so_reuseport", 0)])
         generate_pb2_grpc.add_GenerateServiceServicer_to_server(server, instance)
-        address = f"127.0.0.1:{port}"
         if credentials is None:
             port = instance.add_insecure_port(address)
         else:
             port = instance.add_secure_port(address, credentials)
         instance.start()
         try:
-            yield f"127.0.0.1:{port}"
+            yield address if address.startswith("unix:") else f"127.0.0.1:{port}"
         finally:
             instance.stop(None).wait(WAIT_S)
             server.cancelled.set()

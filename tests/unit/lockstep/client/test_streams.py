@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -161,7 +162,7 @@ def test_the_limit_ends_a_stream_that_says_nothing(
     kind: str, server: ScriptedServer, address: str
 ) -> None:
     server.plant(hangs_after(1))
-    run = stream(kind, address, _REQUEST, _CONFIG, timeout_s=0.5)
+    run = stream(kind, address, _REQUEST, _CONFIG, timeout_s=3.0)
     assert run.text == "Hi "
     assert run.error is not None and run.error.code == "DEADLINE_EXCEEDED"
     assert server.cancelled.wait(scripted_server.WAIT_S)
@@ -174,8 +175,8 @@ def test_every_attempt_has_what_is_left_of_the_limit(
     server.plant(fails(_FULL, "full", ("grpc-retry-pushback-ms", "1000")))
     stream(kind, address, _REQUEST, _CONFIG, timeout_s=9.0)
     first_s, second_s = server.limits_s
-    # gRPC rounds limits up on the way.
-    assert second_s <= 8.1 < first_s <= 9.1
+    # A second went by; gRPC rounds limits up by less than a tenth on the way.
+    assert second_s <= first_s - 0.8 and first_s <= 9.1
 
 
 @both
@@ -256,18 +257,21 @@ def test_only_one_sample_can_be_resumed(address: str) -> None:
 
 
 @both
-def test_a_server_that_dies_and_comes_back_at_its_port_is_resumed(kind: str) -> None:
+def test_a_server_that_dies_and_comes_back_at_its_address_is_resumed(
+    kind: str, tmp_path: Path
+) -> None:
+    address = f"unix:{tmp_path}/server"  # a port could be another's in between
     first, second = ScriptedServer(), ScriptedServer()
     first.plant(hangs_after(2))
     config = ClientConfig(
-        timeout_s=60.0, resume=True, retry=RetryPolicy(max_attempts=20, max_backoff_s=0.5)
+        timeout_s=60.0, resume=True, retry=RetryPolicy(max_attempts=500, max_backoff_s=0.5)
     )
     with contextlib.ExitStack() as first_life, ThreadPoolExecutor(1) as pool:
-        address = first_life.enter_context(serving(first))
+        first_life.enter_context(serving(first, address))
         run = pool.submit(stream, kind, address, _REQUEST, config)
         assert first.told.wait(scripted_server.WAIT_S)
         first_life.close()
-        with serving(second, port=int(address.rpartition(":")[2])):
+        with serving(second, address):
             outcome = run.result(60.0)
     assert (outcome.error, outcome.text) == (None, TEXT)
     assert list(second.requests[-1].resume_output_ids) == list(IDS[:2])
