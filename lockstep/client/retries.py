@@ -1,5 +1,6 @@
 """Whether and when a call is tried again. No I/O: the clients do the waiting."""
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -22,6 +23,9 @@ class Retries:
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[float, float], float] = random.uniform,
     ) -> None:
+        """Raises ValueError for a limit of no time, or of no end."""
+        if not (timeout_s > 0 and math.isfinite(timeout_s)):
+            raise ValueError(f"timeout_s is {timeout_s}; it must be above 0 and finite")
         self._policy = policy
         self._clock = clock
         self._draw = draw

@@ -76,6 +76,12 @@ def test_remaining_time_is_the_deadlines_and_runs_out() -> None:
         retries.remaining_s()
 
 
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, math.inf, math.nan])
+def test_a_limit_that_is_none_is_refused(timeout_s: float) -> None:
+    with pytest.raises(ValueError, match="timeout_s is"):
+        _retries(timeout_s)
+
+
 @pytest.mark.parametrize(
     ("code", "retry_delay_s", "expected"),
     [
