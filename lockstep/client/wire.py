@@ -1,6 +1,7 @@
 """Between the client's dataclasses and the messages of protos.lockstep.v1.generate_pb2."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,7 +13,6 @@ from lockstep.client.results import (
     FinishReason,
     ModelInfo,
     PromptLogprobs,
-    RankInfo,
     Sample,
     ServerInfo,
     Started,
@@ -79,7 +79,7 @@ def _set(message: Any, name: str, value: object) -> None:
 
 def started_of(message: generate_pb2.Started) -> Started:
     """The first event."""
-    return _flat(Started, message)
+    return _decoded(Started, message)
 
 
 def delta_of(message: generate_pb2.Delta) -> Delta:
@@ -108,7 +108,7 @@ def finished_of(message: generate_pb2.Finished) -> Finished:
     matched = message.WhichOneof("matched_stop")
     return Finished(
         finish_reason=_FINISH_REASONS[message.finish_reason],
-        usage=_flat(Usage, message.usage),
+        usage=_decoded(Usage, message.usage),
         stop=message.stop if matched == "stop" else None,
         stop_token_id=message.stop_token_id if matched == "stop_token_id" else None,
         sample_index=message.sample_index,
@@ -129,13 +129,12 @@ def completion_of(message: generate_pb2.GenerateUnaryResponse) -> Completion:
 
 def model_info_of(message: generate_pb2.GetModelInfoResponse) -> ModelInfo:
     """What the model can take."""
-    return _flat(ModelInfo, message, eos_token_ids=tuple(message.eos_token_ids))
+    return _decoded(ModelInfo, message)
 
 
 def server_info_of(message: generate_pb2.GetServerInfoResponse) -> ServerInfo:
     """What the server is."""
-    ranks = tuple(_flat(RankInfo, rank) for rank in message.ranks)
-    return _flat(ServerInfo, message, ranks=ranks)
+    return _decoded(ServerInfo, message)
 
 
 def _sample(output: generate_pb2.Delta, finished: generate_pb2.Finished) -> Sample:
@@ -147,7 +146,15 @@ def _token_logprobs(message: generate_pb2.TokenLogprobs) -> TokenLogprobs:
     return TokenLogprobs(message.logprob, tuple(message.top_token_ids), tuple(message.top_logprobs))
 
 
-def _flat(kind: type[_T], message: Any, **given: object) -> _T:
-    """A dataclass whose other fields are scalar fields of the message, by the same names."""
-    names = {field.name for field in dataclasses.fields(kind)} - given.keys()  # type: ignore[arg-type]
-    return kind(**given, **{name: getattr(message, name) for name in names})
+def _decoded(kind: type[_T], message: Any) -> _T:
+    """A dataclass whose fields are the message's by name; messages in it become dataclasses too."""
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _value(hint, getattr(message, name)) for name, hint in hints.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return tuple(_value(inner, item) for item in value)
+    is_message = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    return _decoded(hint, value) if is_message else value
