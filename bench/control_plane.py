@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.cli import comma_separated, say
 from bench.daemons import Daemon, Ready, children, cpu_seconds, scrape, total
 from bench.histogram import LogHistogram
 from bench.record import RESULTS, Case, Record, command_line, hardware, report, settings, versions
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
     for rows, step_ms, ranks in itertools.product(options.rows, options.step_ms, options.ranks):
         setting = Setting(rows, step_ms, ranks)
         figures = _measure(setting, options)
-        _say(f"{setting.name}: " + ", ".join(f"{k} {v:.4g}" for k, (_, v) in figures.items()))
+        say(f"{setting.name}: " + ", ".join(f"{k} {v:.4g}" for k, (_, v) in figures.items()))
         cases += _cases(setting, options, figures)
         lines.append(_line(setting, figures))
     record = Record(
@@ -281,9 +282,11 @@ def _parser() -> argparse.ArgumentParser:
         "--model", type=Path, required=True, help="folder with tokenizer and config"
     )
     parser.add_argument("--vocab-size", type=int, default=49152, help="of that tokenizer")
-    parser.add_argument("--rows", type=_list(int), default=[1, 64, 256, 1024], help="running")
-    parser.add_argument("--step-ms", type=_list(float), default=[1.0, 2.0, 5.0])
-    parser.add_argument("--ranks", type=_list(int), default=[1, 4, 8])
+    parser.add_argument(
+        "--rows", type=comma_separated(int), default=[1, 64, 256, 1024], help="running"
+    )
+    parser.add_argument("--step-ms", type=comma_separated(float), default=[1.0, 2.0, 5.0])
+    parser.add_argument("--ranks", type=comma_separated(int), default=[1, 4, 8])
     parser.add_argument("--clients", type=int, default=1000, help="connected, at least the rows")
     parser.add_argument("--processes", type=int, default=8, help="that the clients are spread over")
     parser.add_argument("--frontends", type=int, default=2)
@@ -294,14 +297,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="keep no file")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
-
-
-def _list(kind: type) -> Any:
-    return lambda text: [kind(item) for item in text.split(",") if item]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 import transformers
 import uvloop
 
+from bench.cli import say
 from bench.record import (
     RESULTS,
     Case,
@@ -80,7 +81,7 @@ def _against_transformers(
             pair = (_ours(server.address, prompt, options), _theirs(oracle, prompt, options))
             if repeat:  # the first one warms up
                 pairs.append(pair)
-                _say(f"pair {repeat}: ours {pair[0]:.2f} s, transformers {pair[1]:.2f} s")
+                say(f"pair {repeat}: ours {pair[0]:.2f} s, transformers {pair[1]:.2f} s")
     return pairs
 
 
@@ -98,7 +99,7 @@ def _one_thread_a_rank(
                 for _ in range(options.pairs + 1)
             ]
         seconds[tp] = runs[1:]
-        _say(f"TP={tp}, one thread a rank: {statistics.median(seconds[tp]):.2f} s")
+        say(f"TP={tp}, one thread a rank: {statistics.median(seconds[tp]):.2f} s")
     return seconds[1], seconds[2]
 
 
@@ -163,10 +164,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dry-run", action="store_true", help="keep no file")
     return parser
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 import grpc
 import uvloop
 
+from bench.cli import say
 from bench.record import RESULTS, Case, Record, command_line, hardware, report, settings, versions
 from bench.requests import random_prompt
 from bench.server_process import ServerProcess
@@ -127,9 +128,9 @@ def main(argv: list[str]) -> int:
     for setting in ("off", "on"):
         with ServerProcess([*flags, "--prefix-cache", setting], _START_LIMIT_S) as server:
             outcomes[setting] = uvloop.run(run_workload(server.address, workload))
-        _say(f"prefix cache {setting}: {_summary(outcomes[setting])}")
+        say(f"prefix cache {setting}: {_summary(outcomes[setting])}")
     is_same = outcomes["on"].outputs == outcomes["off"].outputs
-    _say(f"outputs are {'identical' if is_same else 'DIFFERENT'}")
+    say(f"outputs are {'identical' if is_same else 'DIFFERENT'}")
     record = Record(
         bench="multi-turn",
         command=command_line("lockstep", "bench", "multi-turn", *argv),
@@ -190,10 +191,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="keep no file")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

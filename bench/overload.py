@@ -18,6 +18,7 @@ from pathlib import Path
 
 import uvloop
 
+from bench.cli import say
 from bench.daemons import Daemon, Ready, children, resident_bytes, scrape, total
 from bench.open_loop import Arrivals, OpenLoop, Outcomes
 from bench.record import RESULTS, Case, Record, command_line, hardware, report, settings, versions
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
         served = _start(stack, options, worker_flags, coordinator_flags)
         figures, problems = uvloop.run(_measure(served, options))
     for problem in problems:
-        _say(f"NOT HELD: {problem}")
+        say(f"NOT HELD: {problem}")
     record = Record(
         bench="overload",
         command=command_line("lockstep", "bench", "overload", *argv),
@@ -126,13 +127,13 @@ async def _sustainable(loop: OpenLoop, options: argparse.Namespace) -> float:
         outcomes = await loop.run(
             _arrivals(options, rate * _SEARCH_STEP, options.search_seconds, 5)
         )
-        _say(f"{rate * _SEARCH_STEP:.2f} req/s: {_summary(outcomes)}")
+        say(f"{rate * _SEARCH_STEP:.2f} req/s: {_summary(outcomes)}")
         if outcomes.num_refused or outcomes.others:
             break
         rate *= _SEARCH_STEP
     while True:
         outcomes = await loop.run(_arrivals(options, rate, options.seconds, 6))
-        _say(f"{rate:.2f} req/s for {options.seconds:g} s: {_summary(outcomes)}")
+        say(f"{rate:.2f} req/s for {options.seconds:g} s: {_summary(outcomes)}")
         if not outcomes.num_refused and not outcomes.others:
             return float(rate)
         rate /= _SEARCH_STEP
@@ -235,10 +236,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="keep no file")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import uvloop
 
 from bench import cases
 from bench.cases import Subject
+from bench.cli import comma_separated, say
 from bench.peer import PEER_GPU
 from bench.record import (
     RESULTS,
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
         *("--dtype", options.dtype, *shlex.split(options.server_flags)),
     ]
     with ServerProcess(flags, options.start_limit) as server:
-        _say(f"server ready at {server.address} after {server.start_seconds:.1f} s")
+        say(f"server ready at {server.address} after {server.start_seconds:.1f} s")
         measured = uvloop.run(
             _measure(options, model_dir, server.address, anchor["anchor"]["mv_tb_s"])
         )
@@ -83,7 +84,7 @@ async def _measure(
         floor_ms=weight_read_ms(config, options.tp, read_tb_s) if read_tb_s else None,
         has_peer=hardware()["gpu"] == PEER_GPU,
         generator=random.Random(options.seed),
-        say=_say,
+        say=say,
     )
     try:
         return await _run_cases(options, subject)
@@ -125,9 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument("--max-model-len", type=int, default=10240)
-    parser.add_argument("--cases", type=_list(str), default=["decode", "ttft", "offline256"])
-    parser.add_argument("--batch-sizes", type=_list(int), default=[1, 8, 64, 256])
-    parser.add_argument("--lengths", type=_list(int), default=[128, 1024, 8192])
+    parser.add_argument(
+        "--cases", type=comma_separated(str), default=["decode", "ttft", "offline256"]
+    )
+    parser.add_argument("--batch-sizes", type=comma_separated(int), default=[1, 8, 64, 256])
+    parser.add_argument("--lengths", type=comma_separated(int), default=[128, 1024, 8192])
     parser.add_argument("--server-flags", default="", help="more flags for lockstep serve")
     parser.add_argument("--start-limit", type=float, default=300.0, help="seconds to become ready")
     parser.add_argument("--seed", type=int, default=None, help="of the random prompts")
@@ -135,14 +138,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="keep no file")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
-
-
-def _list(kind: type) -> Any:
-    return lambda text: [kind(item) for item in text.split(",") if item]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

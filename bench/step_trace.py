@@ -21,6 +21,7 @@ from typing import Any
 
 import grpc
 
+from bench.cli import comma_separated
 from bench.daemons import Daemon
 from bench.record import RESULTS, Case, Record, command_line, hardware, report, settings, versions
 from protos.lockstep.v1 import generate_pb2, generate_pb2_grpc
@@ -231,16 +232,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lockstep bench trace", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="a name in bench/models, or a folder")
     parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--batch-sizes", type=_ints, default=[1, 64, 256])
+    parser.add_argument("--batch-sizes", type=comma_separated(int), default=[1, 64, 256])
     parser.add_argument("--max-model-len", type=int, default=10240)
     parser.add_argument("--seconds", type=float, default=1.2, help="recorded, per batch size")
     parser.add_argument("--dry-run", action="store_true", help="keep no file")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
-
-
-def _ints(text: str) -> list[int]:
-    return [int(item) for item in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.client import Client, chat_request
+from lockstep.client import CallFailed, ChatMessage, Client, RankInfo, SamplingParams
 from lockstep.daemon.parent_death import die_with_parent
 from lockstep.demo_model import demo_model_dir
 from lockstep.devices import count_gpus
-from lockstep.errors import CallFailed, ConfigError, DemoModelError
+from lockstep.errors import ConfigError, DemoModelError
 from lockstep.generate import stream_text
 from lockstep.ready_record import PendingReady
 from lockstep.serve import daemon_environ
 from lockstep.table import rank_table
-from protos.lockstep.v1 import generate_pb2
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 _DEFAULT_RANKS = 2
@@ -71,11 +70,10 @@ def _ask_when_ready(server: subprocess.Popen[bytes], pending: PendingReady, prom
 
 
 def _answer(client: Client, prompt: str) -> None:
-    request = chat_request([{"role": "user", "content": prompt}], max_tokens=_MAX_TOKENS)
-    request.sampling_params.temperature = 0.0
+    sampling = SamplingParams(temperature=0.0, max_tokens=_MAX_TOKENS)
     print(f"\n> {prompt}", flush=True)
     started = time.monotonic()
-    generation = client.generate(request, _ANSWER_LIMIT_S)
+    generation = client.chat([ChatMessage("user", prompt)], sampling, _ANSWER_LIMIT_S)
     stream_text(generation)
     seconds = time.monotonic() - started
     assert generation.finished is not None
@@ -84,7 +82,7 @@ def _answer(client: Client, prompt: str) -> None:
     print(rank_table(_ranks_at_rest(client)), flush=True)
 
 
-def _ranks_at_rest(client: Client) -> Sequence[generate_pb2.RankInfo]:
+def _ranks_at_rest(client: Client) -> Sequence[RankInfo]:
     """The ranks once their counts agree, after the answer: what a server tells may be a second old.
 
     All but rank 0 report now and then, idle ones soon; a state from before the answer counts none.

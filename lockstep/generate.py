@@ -1,42 +1,60 @@
 """`lockstep generate`: one prompt, its text as it comes."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
-from lockstep.client import Client, Generation, chat_request, ids_request, text_request
-from lockstep.errors import CallFailed
+from lockstep.client import (
+    CallFailed,
+    Chat,
+    ChatMessage,
+    Client,
+    ConfigError,
+    Delta,
+    GenerateRequest,
+    Generation,
+    Prompt,
+    SamplingParams,
+)
+from lockstep.connection_flags import add_connection_flags, client_config
+from lockstep.daemon.exit_codes import ExitCode
 from lockstep.sampling_flags import (
     add_request_flags,
     add_sampling_flags,
+    int32,
+    request_fields,
     sampling_params,
-    set_request_fields,
 )
-from protos.lockstep.v1 import generate_pb2
 
-_DEFAULT_ADDRESS = "127.0.0.1:50051"
 _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one request; returns 0, 1 if the call failed, 130 if it was interrupted."""
+    """Runs one request; returns 0, 1 if the call failed, 2 for bad settings, 130 if interrupted."""
     options = _parser().parse_args(argv)
-    with Client(options.address) as client:
-        generation = client.generate(_request(options), options.timeout)
+    try:
+        client = Client(options.address, client_config(options, os.environ))
+        request = _request(options)
+        if options.resume and request.sampling.n not in (None, 1):
+            raise ConfigError("--resume is of one output; leave --n out")
+    except ConfigError as error:
+        print(f"lockstep generate: {error}", file=sys.stderr)
+        return ExitCode.CONFIG
+    with client:
+        return _run(client, request, options)
+
+
+def _run(client: Client, request: GenerateRequest, options: argparse.Namespace) -> int:
+    with client.generate(request) as generation:
         try:
-            if options.n is not None and options.n > 1:
-                print_samples(generation, options.ids)
-            elif options.ids:
-                stream_ids(generation)
-            else:
-                stream_text(generation)
+            _print_output(generation, options)
         except CallFailed as error:
             # What has been printed of the answer ends without a newline.
             begun = "\n" if generation.started is not None else ""
             print(f"{begun}lockstep generate: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            generation.cancel()
             return _INTERRUPTED
         finally:
             if options.times and generation.times:
@@ -44,12 +62,6 @@ def main(argv: Sequence[str]) -> int:
     if options.verbose:
         print(_summary(generation), file=sys.stderr)
     return 0
-
-
-def add_address_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds --address."""
-    text = f"host:port of the server (default: {_DEFAULT_ADDRESS})"
-    parser.add_argument("--address", default=_DEFAULT_ADDRESS, metavar="HOST:PORT", help=text)
 
 
 def stream_text(generation: Generation) -> str:
@@ -71,7 +83,7 @@ def stream_ids(generation: Generation) -> None:
 
 def print_samples(generation: Generation, as_ids: bool) -> None:
     """Prints several samples one after another, each below its number, once all have ended."""
-    samples: dict[int, list[generate_pb2.Delta]] = {}
+    samples: dict[int, list[Delta]] = {}
     for delta in generation:
         samples.setdefault(delta.sample_index, []).append(delta)
     for index in sorted(generation.finished_samples):
@@ -81,27 +93,32 @@ def print_samples(generation: Generation, as_ids: bool) -> None:
         print(f"--- {index}\n{text}", flush=True)
 
 
-def _request(options: argparse.Namespace) -> generate_pb2.GenerateRequest:
-    request = _prompt_request(options)
-    set_request_fields(request, options)
-    return request
+def _print_output(generation: Generation, options: argparse.Namespace) -> None:
+    if options.n is not None and options.n > 1:
+        print_samples(generation, options.ids)
+    elif options.ids:
+        stream_ids(generation)
+    else:
+        stream_text(generation)
 
 
-def _prompt_request(options: argparse.Namespace) -> generate_pb2.GenerateRequest:
-    params = sampling_params(options)
-    if options.n is not None:
-        params["n"] = options.n
+def _request(options: argparse.Namespace) -> GenerateRequest:
+    params = SamplingParams(**sampling_params(options), n=options.n)
+    return GenerateRequest(_prompt(options), params, **request_fields(options))
+
+
+def _prompt(options: argparse.Namespace) -> Prompt:
     if options.token_ids is not None:
-        return ids_request(options.token_ids, **params)
-    if options.chat:
-        return chat_request([{"role": "user", "content": options.prompt}], **params)
-    return text_request(options.prompt, **params)
+        ids: list[int] = options.token_ids
+        return ids
+    text: str = options.prompt
+    return Chat([ChatMessage("user", text)]) if options.chat else text
 
 
 def _token_ids(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
+        return [int32(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of ids like 1,2,3") from None
 
 
@@ -111,10 +128,9 @@ def _summary(generation: Generation) -> str:
     num_output_tokens = sum(
         sample.usage.output_token_count for sample in generation.finished_samples.values()
     )
-    reason = generate_pb2.FinishReason.Name(finished.finish_reason).removeprefix("FINISH_REASON_")
     return (
         f"request {started.request_id}, seed {started.seed}: {finished.usage.prompt_token_count} "
-        f"prompt + {num_output_tokens} output tokens, ended by {reason.lower()}"
+        f"prompt + {num_output_tokens} output tokens, ended by {finished.finish_reason.value}"
     )
 
 
@@ -127,16 +143,15 @@ def _times(generation: Generation) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lockstep generate", description=__doc__)
-    add_address_flag(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument("--token-ids", type=_token_ids, metavar="1,2,3", help="ids to continue")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's chat message")
     parser.add_argument("--ids", action="store_true", help="print token ids, not their text")
-    parser.add_argument("--timeout", type=float, metavar="S", help="limit for the call, seconds")
     parser.add_argument("--verbose", action="store_true", help="say what it took")
     parser.add_argument("--times", action="store_true", help="say where the time went")
-    parser.add_argument("--n", type=int, metavar="N", help="outputs to generate (default: 1)")
+    parser.add_argument("--n", type=int32, metavar="N", help="outputs to generate (default: 1)")
     add_sampling_flags(parser)
     add_request_flags(parser)
+    add_connection_flags(parser)
     return parser

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lockstep.generate import add_address_flag
+from lockstep.connection_flags import add_address_flag
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,21 +1,41 @@
 """Command-line flags of one request, for the commands that send some."""
 
 import argparse
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from protos.lockstep.v1 import generate_pb2
 
-_NUMBERS = {
+def int32(text: str) -> int:
+    """A flag's integer that a message can hold. Raises ArgumentTypeError."""
+    return _integer(text, 32)
+
+
+def int64(text: str) -> int:
+    """As int32, of 64 bits."""
+    return _integer(text, 64)
+
+
+def _integer(text: str, num_bits: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+    if not -(2 ** (num_bits - 1)) <= value < 2 ** (num_bits - 1):
+        raise argparse.ArgumentTypeError(f"{text} does not fit {num_bits} bits")
+    return value
+
+
+_NUMBERS: Mapping[str, Callable[[str], float]] = {
     "temperature": float,
     "top-p": float,
-    "top-k": int,
+    "top-k": int32,
     "min-p": float,
-    "seed": int,
+    "seed": int64,
     "repetition-penalty": float,
     "presence-penalty": float,
     "frequency-penalty": float,
-    "max-tokens": int,
-    "min-tokens": int,
+    "max-tokens": int32,
+    "min-tokens": int32,
 }
 
 
@@ -61,16 +81,13 @@ def _bias(text: str) -> tuple[int, float]:
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --priority, --tenant and --no-prefix-cache."""
     group = parser.add_argument_group("under load")
-    group.add_argument("--priority", type=int, metavar="N", help="lower goes first (default: 0)")
+    group.add_argument("--priority", type=int32, metavar="N", help="lower goes first (default: 0)")
     group.add_argument("--tenant", metavar="NAME", help="tenants get equal shares")
     group.add_argument("--no-prefix-cache", action="store_true", help="compute the whole prompt")
 
 
-def set_request_fields(request: generate_pb2.GenerateRequest, options: argparse.Namespace) -> None:
-    """Sets those that were given."""
-    if options.priority is not None:
-        request.priority = options.priority
-    if options.tenant is not None:
-        request.tenant = options.tenant
-    if options.no_prefix_cache:
-        request.use_prefix_cache = False
+def request_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of GenerateRequest that were given."""
+    names = ("priority", "tenant")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return given | ({"use_prefix_cache": False} if options.no_prefix_cache else {})

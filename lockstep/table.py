@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from protos.lockstep.v1 import generate_pb2
+from lockstep.client.results import RankInfo
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -17,7 +17,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def rank_table(ranks: Sequence[generate_pb2.RankInfo]) -> str:
+def rank_table(ranks: Sequence[RankInfo]) -> str:
     """What each rank is and did."""
     header = (
         "rank",

@@ -128,14 +128,14 @@ def resolve_sampling(
 ) -> SamplingParams:
     """Fills in defaults and checks every value; the prompt's length is checked as well.
 
-    A request without `max_tokens` gets what fits the context; one that resumes must leave at
-    least one token to generate. Raises BadRequest, TextUnavailable (stop strings without a
-    tokenizer).
+    A request without `max_tokens` gets what fits the context; what it resumes may be a whole
+    output, of which only the end was lost. Raises BadRequest, TextUnavailable (stop strings
+    without a tokenizer).
     """
     check_prompt_length(num_prompt_tokens, limits)
     max_tokens = _max_tokens(fields, limits, num_prompt_tokens)
-    if num_resumed_tokens >= max_tokens:
-        limit = f"fewer than max_tokens, which is {max_tokens}"
+    if num_resumed_tokens > max_tokens:
+        limit = f"at most max_tokens, which is {max_tokens}"
         raise BadRequest("number of resume_output_ids", num_resumed_tokens, limit)
     min_tokens = 0 if fields.min_tokens is None else fields.min_tokens
     if not 0 <= min_tokens <= max_tokens:

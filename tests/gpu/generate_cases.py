@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from lockstep.client import Client, ids_request
+from tests.helpers.message_client import Client, ids_request
 from tests.helpers.served_group import ServedGroup
 
 NUM_TOKENS = 64

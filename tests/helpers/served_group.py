@@ -18,8 +18,8 @@ import grpc
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from lockstep.client import Client
 from protos.lockstep.v1 import generate_pb2_grpc
+from tests.helpers.message_client import Client
 
 START_LIMIT_S = 100.0
 STOP_LIMIT_S = 30.0

@@ -15,8 +15,8 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lockstep.client import Client, ids_request
 from lockstep.errors import CallFailed
+from tests.helpers.message_client import Client, ids_request
 from tests.helpers.served_group import ServedGroup
 
 STEP_TIMEOUT_S = 3.0

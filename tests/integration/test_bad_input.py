@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 import pytest
 
-from lockstep.client import Client, chat_request, ids_request, text_request
 from protos.lockstep.v1 import generate_pb2
+from tests.helpers.message_client import Client, chat_request, ids_request, text_request
 from tests.helpers.served_group import ServedGroup
 from tests.helpers.tiny_models import write_tiny_model
 from tests.integration.conftest import CPU_FLAGS
@@ -74,7 +74,7 @@ BAD = {
     "negative id": (ids_request([5, -1]), ["token_ids.ids[1]", "-1", "0 to 49151"]),
     "id out of range": (ids_request([49152]), ["token_ids.ids[0]", "49152", "0 to 49151"]),
     "resumed id": (_resumed(49152), ["resume_output_ids[0]", "49152", "49151"]),
-    "resumed ids": (_resumed(1, 1), ["resume_output_ids", "2", "fewer than max_tokens"]),
+    "resumed ids": (_resumed(1, 1, 1), ["resume_output_ids", "3", "at most max_tokens"]),
     "request id": (_named("x" * 257), ["request_id", "257", "1 to 256"]),
     "model": (_model("gpt-5"), ["model", "gpt-5", "the one here"]),
     "10 MB of text": (text_request("a " * 5_000_000), ["length of text", "10000000", "at most"]),

@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from lockstep.client import ids_request
 from protos.lockstep.v1 import generate_pb2, generate_pb2_grpc
+from tests.helpers.message_client import ids_request
 from tests.helpers.served_group import ServedGroup, scrape, value_of
 from tests.integration.conftest import CPU_FLAGS
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lockstep.client import Client, ids_request
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.errors import CallFailed
+from tests.helpers.message_client import Client, ids_request
 from tests.helpers.served_group import serve_environ
 from tests.helpers.tiny_models import write_tiny_model
 from tests.integration.chaos_support import wait_until

@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 
-from lockstep.client import Client, chat_request, ids_request, text_request
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import generate_pb2
+from tests.helpers.message_client import Client, chat_request, ids_request, text_request
 from tests.helpers.served_group import ServedGroup
 
 pytestmark = pytest.mark.timeout(240)  # includes the start of the group, perhaps on busy cores

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from lockstep.client import Client, chat_request, ids_request
 from protos.lockstep.v1 import generate_pb2
+from tests.helpers.message_client import Client, chat_request, ids_request
 from tests.helpers.served_group import ServedGroup
 from tests.integration.conftest import SMOLLM2_FLAGS
 

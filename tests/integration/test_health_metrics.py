@@ -15,9 +15,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from lockstep.client import ids_request
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import generate_pb2_grpc
+from tests.helpers.message_client import ids_request
 from tests.helpers.served_group import ServedGroup, scrape, serve_environ, value_of
 from tests.helpers.worker_driver import WorkerProcess
 from tests.integration.conftest import CPU_FLAGS

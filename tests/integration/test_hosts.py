@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from lockstep.client import Client
 from lockstep.daemon.exit_codes import ExitCode
+from tests.helpers.message_client import Client
 from tests.helpers.tiny_models import write_tiny_model
 from tests.integration.chaos_support import wait_until
 from tests.integration.test_daemons_alone import (

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from lockstep.client import ids_request
+from lockstep.client import Client, ClientConfig, GenerateRequest, RetryPolicy, SamplingParams
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.errors import CallFailed
+from tests.helpers.message_client import ids_request
 from tests.helpers.tiny_models import write_tiny_model
 from tests.integration.chaos_support import (
     END_LIMIT_S,
     NUM_STREAMS,
+    RECOVERY_LIMIT_S,
     ChaosGroup,
     GroupPool,
     StreamEnd,
@@ -67,6 +69,30 @@ def test_streams_end_naming_the_lost_rank_and_the_group_comes_back(
         group.wait_answering(epoch)
         # The whole group restarts, so that no rank is left in a collective of the old one.
         assert not lost.is_running() and not other.is_running()
+
+
+@pytest.mark.parametrize("name", ["rank 1", "frontend"])
+def test_a_client_that_resumes_gets_the_output_of_an_unbroken_call(
+    pool: GroupPool, name: str
+) -> None:
+    sampling = SamplingParams(temperature=1.0, seed=11, max_tokens=2000, ignore_eos=True)
+    request = GenerateRequest([3, 5, 7], sampling)
+    patient = RetryPolicy(max_attempts=200, max_backoff_s=0.5)
+    config = ClientConfig(timeout_s=RECOVERY_LIMIT_S + 60, resume=True, retry=patient)
+    with pool.restartable() as group, Client(group.address, config) as client:
+        whole = client.generate_unary(request).samples[0]
+        ids: list[int] = []
+        is_lost = False
+        generation = client.generate(request)
+        for delta in generation:
+            ids += delta.token_ids
+            if len(ids) >= 16 and not is_lost:
+                is_lost = True
+                group.lose(name, KILL)
+        assert tuple(ids) == whole.token_ids
+        assert generation.finished == whole.finished
+        # The stream was broken, and the group that ended it is not the one that began it.
+        assert int(generation.times["lockstep-steps"]) < len(ids)
 
 
 @pytest.mark.parametrize(

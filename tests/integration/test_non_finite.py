@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lockstep.client import ids_request
 from lockstep.errors import CallFailed
+from tests.helpers.message_client import ids_request
 from tests.helpers.served_group import ServedGroup, value_of
 from tests.helpers.tiny_models import write_tiny_model
 from tests.integration.conftest import CPU_FLAGS

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from coordinator.step_command import pack_int32, unpack_int32
-from lockstep.client import ids_request
 from lockstep.daemon.exit_codes import ExitCode
 from protos.lockstep.v1 import generate_pb2
+from tests.helpers.message_client import ids_request
 from tests.helpers.served_group import ServedGroup, serve_environ, value_of
 from tests.helpers.step_logs import Record, rewrite, segments
 from tests.integration.conftest import CPU_FLAGS

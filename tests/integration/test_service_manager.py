@@ -14,9 +14,9 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lockstep.client import Client, ids_request
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.errors import CallFailed
+from tests.helpers.message_client import Client, ids_request
 from tests.helpers.notify_socket import NotifySocket
 from tests.helpers.served_group import serve_environ
 from tests.helpers.tiny_models import write_tiny_model

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import transformers
 
-from lockstep.client import Client, ids_request
+from tests.helpers.message_client import Client, ids_request
 from tests.helpers.served_group import ServedGroup
 from tests.helpers.simulated_tokens import simulated_output
 from worker.simulated.vocabulary import choose_vocabulary, config_vocab_size

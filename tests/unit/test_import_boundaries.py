@@ -43,6 +43,14 @@ WALLS = (
     ),
     Wall("coordinator", ("worker", "tpcomm", "lockstep", "bench", *TORCH), SHARED_LEAVES),
     Wall("lockstep", ("coordinator", "worker", "tpcomm", "bench", *TORCH)),
+    # A light start for programs that only call a server.
+    Wall(
+        "lockstep.client",
+        (
+            *("coordinator", "worker", "tpcomm", "bench", "lockstep.daemon.flags", *TORCH),
+            *("numpy", "tokenizers", "jinja2", "huggingface_hub", "uvloop", "prometheus_client"),
+        ),
+    ),
     Wall("lockstep.daemon", ("protos", "grpc", "numpy", "coordinator", "worker", "tpcomm", *TORCH)),
 )
 

@@ -90,6 +90,13 @@ def test_a_cpu_build_is_preferred_wherever_one_is_found(
     assert ("GB" in plan.download) == is_cuda_build
 
 
+def test_readme_and_constraints_name_the_download_that_setup_announces(setup: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for kind, size in (("cpu", setup._SIZE_CPU), ("cuda", setup._SIZE_CUDA)):
+        assert f"({size.removeprefix('about ')})" in readme
+        assert f"Download {size}" in (ROOT / "constraints" / f"{kind}.txt").read_text()
+
+
 def test_no_torch_anywhere_is_an_error_that_names_both_places(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,8 @@ from typing import cast
 import pytest
 
 from lockstep import demo
-from lockstep.client import Client
+from lockstep.client import Client, ServerInfo
+from lockstep.client.wire import server_info_of
 from protos.lockstep.v1 import generate_pb2
 
 
@@ -18,9 +19,9 @@ class _ScriptedClient:
     def __init__(self, *counts: Sequence[int]) -> None:
         self._counts: Iterator[Sequence[int]] = iter(counts)
 
-    def server_info(self) -> generate_pb2.GetServerInfoResponse:
+    def server_info(self) -> ServerInfo:
         ranks = [generate_pb2.RankInfo(all_reduce_count=count) for count in next(self._counts)]
-        return generate_pb2.GetServerInfoResponse(ranks=ranks)
+        return server_info_of(generate_pb2.GetServerInfoResponse(ranks=ranks))
 
 
 def _counts_shown(client: _ScriptedClient) -> list[int]:

@@ -191,10 +191,10 @@ def test_prompt_that_just_fits_gets_one_token() -> None:
     assert _resolve(63).max_tokens == 1
 
 
-def test_resumed_output_must_leave_something_to_generate() -> None:
-    assert _resolve(num_resumed=4, max_tokens=5).max_tokens == 5
-    with pytest.raises(BadRequest, match="resume_output_ids is 5; .* max_tokens, which is 5"):
-        _resolve(num_resumed=5, max_tokens=5)
+def test_resumed_output_may_be_whole_and_not_longer() -> None:
+    assert _resolve(num_resumed=5, max_tokens=5).max_tokens == 5
+    with pytest.raises(BadRequest, match="resume_output_ids is 6; .* max_tokens, which is 5"):
+        _resolve(num_resumed=6, max_tokens=5)
 
 
 def test_ten_megabytes_of_text_are_refused_by_their_length() -> None:

@@ -1,7 +1,7 @@
-"""A small synchronous client of the public API.
+"""A client that sends and returns the messages of generate_pb2 as they are, good and bad.
 
-Messages are those of `protos.lockstep.v1.generate_pb2`; a call that ends in a status raises
-CallFailed. One client may be used from several threads.
+It does nothing by itself: no retries, no checks. A call that ends in a status raises CallFailed.
+One client may be used from several threads.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import grpc
 
-from lockstep.errors import CallFailed
+from lockstep.client.statuses import call_failed
 from protos.lockstep.v1 import generate_pb2, generate_pb2_grpc
 
 _OPTIONS = (
@@ -20,8 +20,6 @@ _OPTIONS = (
 )
 _TIMES_PREFIX = "lockstep-"
 _INFO_TIMEOUT_S = 30.0
-# How gRPC's own words begin when nobody is there; a server's own may quote them further on.
-_NO_CONNECTION = ("failed to connect", "DNS resolution failed", "errors resolving")
 
 
 class Generation:
@@ -51,7 +49,7 @@ class Generation:
                         self.finished_samples[event.finished.sample_index] = event.finished
             self.finished = self.finished_samples.get(0)
         except grpc.RpcError as error:
-            raise _call_failed(error) from None
+            raise call_failed(error) from None
         finally:
             self._note_times()
 
@@ -159,11 +157,4 @@ def _called(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except grpc.RpcError as error:
-        raise _call_failed(error) from None
-
-
-def _call_failed(error: Any) -> CallFailed:
-    details = error.details() or "no details"
-    if error.code() is grpc.StatusCode.UNAVAILABLE and details.startswith(_NO_CONNECTION):
-        details = f"no server answers ({details}); is `lockstep serve` running there?"
-    return CallFailed(error.code().name, details)
+        raise call_failed(error) from None
