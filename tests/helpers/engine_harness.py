@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import CoordinatorConfig
+from coordinator.constraints import Constraints
 from coordinator.errors import StartRefused
 from coordinator.group_leader import GroupLeader
 from coordinator.group_status import GroupStatus
@@ -190,6 +191,7 @@ async def running_group(
     is_awaited: bool = True,
     metrics: EngineMetrics | None = None,
     step_log: StepLog | None = None,
+    constraints: Constraints | None = None,
     **config: Any,
 ) -> AsyncIterator[Harness]:
     """Starts fake ranks and a leader; waits until the group is up unless told not to.
@@ -202,7 +204,13 @@ async def running_group(
     made = make_config(addresses, **config)
     outbox, heard = Outbox(), Heard()
     metrics = metrics or EngineMetrics("fake")
-    book = RequestBook(outbox, metrics, made.max_queue_requests, made.max_queue_prompt_tokens)
+    book = RequestBook(
+        outbox,
+        metrics,
+        made.max_queue_requests,
+        made.max_queue_prompt_tokens,
+        constraints=constraints,
+    )
 
     def flush() -> None:
         for messages in outbox.take().values():
