@@ -50,6 +50,9 @@ class Masks:
                 self.changed.clear()
                 await self.changed.wait()
 
+    async def got_tokens(self, count: int) -> None:
+        await self.until(lambda: len(self.tokens) == count)
+
     def allow(self, key: int, *token_ids: int) -> None:
         """The next mask of an output comes."""
         mask = worker_pb2.SlotMask(ids=struct.pack(f"<{len(token_ids)}i", *token_ids))
@@ -92,7 +95,7 @@ def test_a_request_is_accepted_with_its_first_mask_and_takes_a_token_a_mask() ->
         assert 1 not in group.heard.tokens and group.book.batch.num_waiting == 1
         for number, token in enumerate((7, 8), start=1):
             masks.allow(1, token)
-            await masks.until(lambda count=number: len(masks.tokens) == count)
+            await masks.got_tokens(number)
             assert masks.tokens[-1] == (1, token)
         masks.allow(1, 6)
         await group.heard.end_of(1)
