@@ -85,6 +85,7 @@ class Heard:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     ended: dict[int, list[engine_pb2.Ended]] = field(default_factory=dict)
     logprobs: list[generate_pb2.TokenLogprobs] = field(default_factory=list)
+    prompts: dict[int, list[engine_pb2.PromptPiece]] = field(default_factory=dict)
     outcomes: list[engine_pb2.AbortOutcome] = field(default_factory=list)
     states: list[engine_pb2.GroupState] = field(default_factory=list)
     drains: list[engine_pb2.Drain] = field(default_factory=list)
@@ -117,6 +118,8 @@ class Heard:
         await self.until(lambda: all(handle in self.ended for handle in handles))
 
     def _hear_outputs(self, outputs: engine_pb2.Outputs) -> None:
+        for piece in outputs.prompt_pieces:
+            self.prompts.setdefault(piece.handle, []).append(piece)
         count = len(outputs.handles) // 8
         handles = struct.unpack(f"<{count}q", outputs.handles)
         counts = struct.unpack(f"<{count}i", outputs.token_counts)
