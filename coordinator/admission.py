@@ -69,6 +69,11 @@ def read_submit(submit: engine_pb2.Submit, frontend: int, limits: ModelLimits) -
     )
     num_logprobs = params.logprobs if params.HasField("logprobs") else -1
     _require(num_logprobs <= _MAX_LOGPROBS, f"logprobs {num_logprobs} is above {_MAX_LOGPROBS}")
+    num_prompt_logprobs = params.prompt_logprobs if params.HasField("prompt_logprobs") else -1
+    _require(
+        num_prompt_logprobs <= _MAX_LOGPROBS,
+        f"prompt_logprobs {num_prompt_logprobs} is above {_MAX_LOGPROBS}",
+    )
     request = Request(
         order=virtual_arrival(submit.arrival_time, submit.priority),
         frontend=frontend,
@@ -90,6 +95,7 @@ def read_submit(submit: engine_pb2.Submit, frontend: int, limits: ModelLimits) -
             num_logprobs=num_logprobs,
             logit_bias=_logit_bias(params.logit_bias, limits.vocab_size),
             bad_words=_bad_words(submit.bad_words, limits.vocab_size),
+            num_prompt_logprobs=num_prompt_logprobs,
         ),
         arrival_time=submit.arrival_time,
         tenant=submit.tenant,

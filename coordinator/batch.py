@@ -174,6 +174,7 @@ class Batch:
                 rows,
                 [request for request in added if request.num_prefilled == request.prefill_len],
                 bool(added),
+                delta.scored,
             )
         )
         self._queue_samples(added)

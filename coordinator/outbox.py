@@ -20,13 +20,14 @@ class FrontendOutputs:
     handles: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[generate_pb2.TokenLogprobs] = field(default_factory=list)
+    prompt_pieces: list[engine_pb2.PromptPiece] = field(default_factory=list)
     ended: list[engine_pb2.Ended] = field(default_factory=list)
     answers: list[engine_pb2.EngineMessage] = field(default_factory=list)
 
     def messages(self) -> list[engine_pb2.EngineMessage]:
         """Tokens before endings, so that a request's last tokens come before its end."""
         messages = []
-        if self.handles or self.accepted:
+        if self.handles or self.accepted or self.prompt_pieces:
             token_counts = np.ones(len(self.accepted) + len(self.handles), dtype="<i4")
             token_counts[: len(self.accepted)] = 0
             outputs = engine_pb2.Outputs(
@@ -34,6 +35,7 @@ class FrontendOutputs:
                 token_counts=token_counts.tobytes(),
                 token_ids=np.array(self.token_ids, dtype="<i4").tobytes(),
                 logprobs=self.logprobs,
+                prompt_pieces=self.prompt_pieces,
             )
             messages.append(engine_pb2.EngineMessage(outputs=outputs))
         messages += [engine_pb2.EngineMessage(ended=ended) for ended in self.ended]
@@ -50,6 +52,11 @@ class Outbox:
     def accept(self, request: Request) -> None:
         """Says that a request is in the queue: no tokens yet."""
         self.outputs_of[request.frontend].accepted.append(request.handle)
+
+    def add_prompt_piece(self, request: Request, piece: engine_pb2.PromptPiece) -> None:
+        """Log-probabilities of a piece of a request's prompt; its handle is set here."""
+        piece.handle = request.handle
+        self.outputs_of[request.frontend].prompt_pieces.append(piece)
 
     def add_end(self, frontend: int, ended: engine_pb2.Ended) -> None:
         """The last word about a request."""

@@ -58,6 +58,7 @@ class Sampling:
     num_logprobs: int  # -1: none wanted
     logit_bias: tuple[tuple[int, float], ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    num_prompt_logprobs: int = -1  # -1: none wanted
 
     @property
     def counts_tokens(self) -> bool:
@@ -111,6 +112,7 @@ class Request:
     constraint_key: int = 0
     next_mask: worker_pb2.SlotMask | None = None  # of its next token; None until it is made
     sent_mask: worker_pb2.SlotMask | None = None  # of the last token that was granted
+    num_scored: int = 1  # prompt tokens of which no log-probability is to come any more
     num_masked: int = 0  # tokens that may be computed: those to prefill and one a mask since
 
     @property
@@ -126,6 +128,11 @@ class Request:
     def final_limit(self) -> int:
         """First position that never needs computing: the last output token is only sampled."""
         return self.prompt_len + self.max_tokens - 1
+
+    @property
+    def awaits_prompt_scores(self) -> bool:
+        """Log-probabilities of its prompt are wanted and have not all come."""
+        return self.sampling.num_prompt_logprobs >= 0 and self.num_scored < self.prompt_len
 
     @property
     def top_limit(self) -> int:

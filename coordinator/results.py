@@ -12,7 +12,7 @@ from coordinator.metrics import EngineMetrics
 from coordinator.request import Request, RequestState
 from coordinator.request_book import RequestBook
 from coordinator.step_command import unpack_int32
-from protos.lockstep.v1 import generate_pb2, worker_pb2
+from protos.lockstep.v1 import engine_pb2, generate_pb2, worker_pb2
 
 _FLAG_STOP = 1
 _FLAG_NOT_FINITE = 2
@@ -26,6 +26,7 @@ class Resolved:
     result: worker_pb2.StepResult
     entries: Sequence[Request]
     token_ids: list[int]
+    scored: Sequence[tuple[Request, int, int]]  # as of SentCommand
 
     @property
     def is_plain(self) -> bool:
@@ -38,6 +39,7 @@ def resolve_result(result: worker_pb2.StepResult, batch: Batch) -> Resolved:
 
     Raises ProtocolBroken if the result does not fit what was sent.
     """
+    scored = batch.outstanding.next_scored
     entries = batch.resolve(result.command_id, result.step)
     token_ids = unpack_int32(result.token_ids)
     if len(token_ids) != len(entries) or len(result.flags) != len(entries):
@@ -45,7 +47,7 @@ def resolve_result(result: worker_pb2.StepResult, batch: Batch) -> Resolved:
             f"step {result.step} has {len(token_ids)} tokens and {len(result.flags)} flags for "
             f"{len(entries)} entries"
         )
-    return Resolved(result, entries, token_ids)
+    return Resolved(result, entries, token_ids, scored)
 
 
 def apply_result(
@@ -58,7 +60,12 @@ def apply_result(
     """
     result, entries = resolved.result, resolved.entries
     book.step_reported(result)
-    alternatives = _Alternatives(result, len(entries)) if result.logprobs else None
+    if resolved.scored:
+        _take_prompt_scores(result, resolved.scored, book)
+    alternatives = None
+    if result.logprobs:
+        packed = (result.logprobs, result.top_token_ids, result.top_logprobs)
+        alternatives = _Alternatives(*packed, len(entries), result.step)
     first_delays, gaps = list[float](), list[float]()
     # The one loop over all tokens: a call more in it is a call for each token that we serve.
     news = book.outbox.outputs_of
@@ -110,35 +117,68 @@ def _end_without_token(request: Request, flags: int, step: int, book: RequestBoo
     book.fail(request, grpc.StatusCode.INTERNAL, message)
 
 
+def _take_prompt_scores(
+    result: worker_pb2.StepResult, scored: Sequence[tuple[Request, int, int]], book: RequestBook
+) -> None:
+    """Sends on the log-probabilities of prompts, of each token once."""
+    packed = (result.prompt_logprobs, result.prompt_top_token_ids, result.prompt_top_logprobs)
+    num_entries = sum(count for _, _, count in scored)
+    alternatives = _Alternatives(*packed, num_entries, result.step)
+    index = 0
+    for request, start, count in scored:
+        first, end = start + 1, start + 1 + count
+        # After a preemption a prompt is computed again, whose beginning may have been told.
+        if request.state is not RequestState.FINISHED and end > request.num_scored:
+            known = request.num_scored
+            told = range(index + known - first, index + count)
+            piece = alternatives.piece(told, request.sampling.num_prompt_logprobs)
+            piece.first_position = known
+            piece.token_ids = request.prompt_ids[known:end].astype("<i4", copy=False).tobytes()
+            book.outbox.add_prompt_piece(request, piece)
+            request.num_scored = end
+        index += count
+
+
 class _Alternatives:
     """Log-probabilities of a result: [num_entries] and twice [num_entries, 20]."""
 
-    def __init__(self, result: worker_pb2.StepResult, num_entries: int) -> None:
-        self._logprobs = np.frombuffer(result.logprobs, dtype="<f4")
-        top_ids = np.frombuffer(result.top_token_ids, dtype="<i4")
-        top_logprobs = np.frombuffer(result.top_logprobs, dtype="<f4")
-        if len(self._logprobs) != num_entries or len(top_ids) != len(top_logprobs):
-            raise ProtocolBroken(f"step {result.step}: log-probabilities do not fit its entries")
+    def __init__(
+        self, logprobs: bytes, top_ids: bytes, top_logprobs: bytes, num_entries: int, step: int
+    ) -> None:
+        self._logprobs = np.frombuffer(logprobs, dtype="<f4")
+        ids = np.frombuffer(top_ids, dtype="<i4")
+        values = np.frombuffer(top_logprobs, dtype="<f4")
+        if len(self._logprobs) != num_entries or len(ids) != len(values):
+            raise ProtocolBroken(f"step {step}: log-probabilities do not fit its entries")
         shape = (num_entries, _NUM_ALTERNATIVES)
-        if len(top_ids) not in (0, num_entries * _NUM_ALTERNATIVES):
-            raise ProtocolBroken(f"step {result.step}: {len(top_ids)} alternatives, not {shape}")
-        self._top_ids = top_ids.reshape(shape) if len(top_ids) else None
-        self._top_logprobs = top_logprobs.reshape(shape) if len(top_ids) else None
+        if len(ids) not in (0, num_entries * _NUM_ALTERNATIVES):
+            raise ProtocolBroken(f"step {step}: {len(ids)} alternatives, not {shape}")
+        self._top_ids = ids.reshape(shape) if len(ids) else None
+        self._top_logprobs = values.reshape(shape) if len(ids) else None
 
     def of(self, index: int, request: Request) -> list[generate_pb2.TokenLogprobs]:
         """What a request asked for, one entry; nothing if it asked for nothing."""
         count = request.sampling.num_logprobs
-        if count < 0:
-            return []
+        return [] if count < 0 else [self.entry(index, count)]
+
+    def entry(self, index: int, count: int) -> generate_pb2.TokenLogprobs:
+        """One entry with its first `count` alternatives, as clients get it."""
         top_ids: Sequence[int] = []
         top_logprobs: Sequence[float] = []
         if count and self._top_ids is not None and self._top_logprobs is not None:
             top_ids = self._top_ids[index, :count].tolist()
             top_logprobs = self._top_logprobs[index, :count].tolist()
-        return [
-            generate_pb2.TokenLogprobs(
-                logprob=float(self._logprobs[index]),
-                top_token_ids=top_ids,
-                top_logprobs=top_logprobs,
-            )
-        ]
+        return generate_pb2.TokenLogprobs(
+            logprob=float(self._logprobs[index]),
+            top_token_ids=top_ids,
+            top_logprobs=top_logprobs,
+        )
+
+    def piece(self, indices: range, count: int) -> engine_pb2.PromptPiece:
+        """Entries with their first `count` alternatives, packed: a frontend unpacks them."""
+        some = slice(indices.start, indices.stop)
+        piece = engine_pb2.PromptPiece(logprobs=self._logprobs[some].tobytes())
+        if count and self._top_ids is not None and self._top_logprobs is not None:
+            piece.top_token_ids = self._top_ids[some, :count].tobytes()
+            piece.top_logprobs = self._top_logprobs[some, :count].tobytes()
+        return piece

@@ -24,6 +24,8 @@ class DeltaBuilder:
     chunks: list[tuple[int, int, int]] = field(default_factory=list)
     chunk_token_ids: list[bytes] = field(default_factory=list)
     masks: list[worker_pb2.SlotMask] = field(default_factory=list)
+    prompt_targets: list[tuple[int, int]] = field(default_factory=list)
+    scored: list[tuple[Request, int, int]] = field(default_factory=list)  # see SentCommand
 
     def append_blocks(self, request: Request, block_ids: Sequence[int], block_size: int) -> None:
         """Gives a sequence more blocks and raises its limit to what they cover."""
@@ -47,6 +49,16 @@ class DeltaBuilder:
         self.chunk_token_ids.append(tokens.astype("<i4", copy=False).tobytes())
         if request.constraint is not None and start + length == request.prefill_len:
             self.masks.append(request.take_mask())
+        if request.awaits_prompt_scores:
+            self._add_targets(request, start, start + length)
+
+    def _add_targets(self, request: Request, start: int, end: int) -> None:
+        """Asks for the log-probabilities of what follows positions start..end-1 of a prompt."""
+        num_scored = min(end, request.prompt_len - 1) - start
+        if num_scored > 0:
+            behind = int(request.prompt_ids[end]) if end < request.prompt_len else -1
+            self.prompt_targets.append((request.slot, behind))
+            self.scored.append((request, start, num_scored))
 
     def grant_masked(self, request: Request, block_size: int) -> None:
         """Lets a decoding sequence compute one more position, under the mask it has got."""
@@ -69,6 +81,7 @@ class DeltaBuilder:
             chunks=pack_int32(self.chunks),
             chunk_token_ids=b"".join(self.chunk_token_ids),
             masks=self.masks,
+            prompt_targets=pack_int32(self.prompt_targets),
         ).SerializeToString()
 
 

@@ -58,14 +58,22 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         metavar="ID=BIAS",
         help="add to a token's logit; may be repeated",
     )
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--json-schema", metavar="SCHEMA", help="JSON that this schema admits")
+    one.add_argument("--json-object", action="store_true", help="a JSON object")
+    one.add_argument("--regex", metavar="REGEX", help="a text that matches as a whole")
+    one.add_argument("--choice", action="append", metavar="TEXT", help="one of these; repeat it")
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end")
 
 
 def sampling_params(options: argparse.Namespace) -> dict[str, Any]:
     """Fields of SamplingParams that were given."""
-    names = [*(name.replace("-", "_") for name in _NUMBERS), "stop"]
+    names = [*(name.replace("-", "_") for name in _NUMBERS), "stop", "json_schema", "regex"]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    given |= {name: True for name in ("ignore_eos", "include_stop") if getattr(options, name)}
+    switches = ("ignore_eos", "include_stop", "json_object")
+    given |= {name: True for name in switches if getattr(options, name)}
+    if options.choice:
+        given["choice"] = options.choice
     if options.bad_word:
         given["bad_words"] = options.bad_word
     if options.logit_bias:

@@ -28,7 +28,6 @@ from coordinator.frontend.validation import (
     check_text,
     check_text_length,
     check_token_ids,
-    refuse_unsupported,
     resolve_sampling,
 )
 from protos.lockstep.v1 import engine_pb2, generate_pb2
@@ -109,7 +108,8 @@ class RequestPreparer:
         ]
         return PreparedRequest(
             submits=[
-                _sample_submit(common, params.sample_seed(index)) for index in range(len(outputs))
+                _sample_submit(common, index, params.sample_seed(index))
+                for index in range(len(outputs))
             ],
             started=generate_pb2.Started(
                 request_id=request_id, seed=params.seed, prompt_token_count=len(prompt)
@@ -201,7 +201,6 @@ def _request_fields(params: generate_pb2.SamplingParams) -> RequestFields:
     if num_stop_ids > MAX_STOP_IDS:
         raise BadRequest("number of stop_token_ids", num_stop_ids, f"at most {MAX_STOP_IDS}")
     present: dict[str, Any] = {field.name: value for field, value in params.ListFields()}
-    refuse_unsupported(present)
     kind = params.WhichOneof("constraint")
     if kind is not None:
         present["constraint"] = _constraint(kind, present.pop(kind))
@@ -243,6 +242,7 @@ def _resolved_message(params: SamplingParams) -> generate_pb2.SamplingParams:
         ignore_eos=params.ignore_eos,
         logprobs=params.num_logprobs,
         n=params.num_samples,
+        prompt_logprobs=params.num_prompt_logprobs,
         logit_bias=dict(params.logit_bias),
     )
     if params.constraint is not None:
@@ -250,10 +250,12 @@ def _resolved_message(params: SamplingParams) -> generate_pb2.SamplingParams:
     return message
 
 
-def _sample_submit(common: engine_pb2.Submit, seed: int) -> engine_pb2.Submit:
+def _sample_submit(common: engine_pb2.Submit, index: int, seed: int) -> engine_pb2.Submit:
     submit = engine_pb2.Submit()
     submit.CopyFrom(common)
     submit.sampling_params.seed = seed
+    if index:  # the samples share their prompt, of which the first one tells
+        submit.sampling_params.ClearField("prompt_logprobs")
     return submit
 
 

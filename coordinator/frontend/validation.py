@@ -30,9 +30,6 @@ from coordinator.frontend.sampling_limits import (
     Range,
 )
 
-UNSUPPORTED = ("prompt_logprobs",)
-"""Fields of the public SamplingParams that are refused when set."""
-
 _Number = TypeVar("_Number", int, float)
 
 
@@ -79,6 +76,7 @@ class RequestFields:
     bad_words: Sequence[str] = ()
     include_stop: bool | None = None
     constraint: Constraint | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,8 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     include_stop: bool = False
     constraint: Constraint | None = None
+    num_prompt_logprobs: int | None = None
+    """None: none wanted."""
 
     def sample_seed(self, sample_index: int) -> int:
         """The sample's own seed, in signed 64 bits as the noise takes it."""
@@ -144,8 +144,9 @@ def resolve_sampling(
     seed = draw_seed() if fields.seed is None else fields.seed
     if not -(2**63) <= seed < 2**63:
         raise BadRequest("seed", seed, "a signed 64-bit integer")
-    if fields.logprobs is not None:
-        Range(0, MAX_LOGPROBS).check("logprobs", fields.logprobs)
+    for name, count in (("logprobs", fields.logprobs), ("prompt_logprobs", fields.prompt_logprobs)):
+        if count is not None:
+            Range(0, MAX_LOGPROBS).check(name, count)
     num_samples = 1 if fields.n is None else fields.n
     Range(1, MAX_SAMPLES).check("n", num_samples)
     if num_resumed_tokens and num_samples > 1:
@@ -173,17 +174,8 @@ def resolve_sampling(
         bad_words=_bad_words(fields.bad_words, limits),
         include_stop=bool(fields.include_stop),
         constraint=_constraint(fields, limits),
+        num_prompt_logprobs=fields.prompt_logprobs,
     )
-
-
-def refuse_unsupported(present: Mapping[str, object]) -> None:
-    """Refuses, by name, fields of the public API that this version does not honour yet.
-
-    `present` are the fields of SamplingParams that a request states. Raises BadRequest.
-    """
-    for name in UNSUPPORTED:
-        if name in present:
-            raise BadRequest(name, present[name], "unset: this version does not honour it")
 
 
 def check_scheduling(priority: int, tenant: str) -> None:

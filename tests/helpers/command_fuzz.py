@@ -17,7 +17,10 @@ NUM_BLOCKS = 61
 MAX_MODEL_LEN = 60
 VOCAB_SIZE = 200
 _BLOCKS_PER_SLOT = 15
-_PACKED_FIELDS = ("closed_slots", "block_appends", "limits", "row_changes", "chunks")
+_PACKED_FIELDS = (
+    *("closed_slots", "block_appends", "limits", "row_changes", "chunks"),
+    "prompt_targets",
+)
 _EXTREMES = (-(2**31), -1, 0, 1, 2, 5, 60, 61, 2**20, 2**31 - 2, 2**31 - 1)
 _FLOATS = (float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e-30, 1e30)
 

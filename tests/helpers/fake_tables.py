@@ -166,6 +166,8 @@ class FakeTables:
                         entries.append(self._choose(slot))
                         asked.append(slot.num_logprobs >= 0)
             result = self._result(command, command.first_step + offset, entries, any(asked))
+            if offset == 0:
+                self._score_prompts(result, delta)
             result.arrival_micros = arrival_micros
             reports.append(worker_pb2.ExecuteResponse(result=result))
         if self._rank == 0 and command.step_count:
@@ -203,6 +205,23 @@ class FakeTables:
             result.top_token_ids = struct.pack(f"<{count * 20}i", *(list(range(20)) * count))
             result.top_logprobs = struct.pack(f"<{count * 20}f", *([-1.0] * 20 * count))
         return result
+
+    def _score_prompts(self, result: worker_pb2.StepResult, delta: worker_pb2.TableDelta) -> None:
+        """A wanted token's log-probability is minus a thousandth of its id."""
+        behind = {number: token_id for number, token_id in unpack(delta.prompt_targets, 2)}
+        scored: list[int] = []
+        for number, start, length in unpack(delta.chunks, 3):
+            if number in behind:
+                slot = self._slots[number]
+                end = min(start + length, slot.prompt_len - 1)
+                targets = [*slot.token_ids[start + 1 : start + length], behind.pop(number)]
+                scored += targets[: max(end - start, 0)]
+        assert not behind, "targets without a chunk"
+        count = len(scored)
+        result.prompt_logprobs = struct.pack(f"<{count}f", *(-token / 1000 for token in scored))
+        if count:
+            result.prompt_top_token_ids = struct.pack(f"<{count * 20}i", *(list(range(20)) * count))
+            result.prompt_top_logprobs = struct.pack(f"<{count * 20}f", *([-1.0] * 20 * count))
 
     def _comm_micros(self, step: int) -> int:
         return -1 if self._settings.comm_micros < 0 else step * self._settings.comm_micros

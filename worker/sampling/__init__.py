@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from worker.sampling.counts import add_outputs, mark_chunk, mark_prompt, update_counts
 from worker.sampling.exclusions import note_outputs
+from worker.sampling.prompt_scores import PromptScores, score_prompt
 from worker.sampling.sampler import SampleOutput, best_records, sample
 from worker.sampling.tables import SlotSampling
 from worker.sampling_params import (
@@ -18,6 +19,7 @@ from worker.sampling_params import (
 __all__ = [
     "MAX_ALTERNATIVES",
     "MAX_STOP_IDS",
+    "PromptScores",
     "SampleOutput",
     "SamplePlan",
     "SampleVariant",
@@ -30,5 +32,6 @@ __all__ = [
     "note_outputs",
     "plan_sample",
     "sample",
+    "score_prompt",
     "update_counts",
 ]

@@ -72,7 +72,16 @@ class SimulatedSlots:
             token_ids=tokens.tobytes(), flags=(stops * np.uint8(_FLAG_STOP)).tobytes()
         )
         self._add_logprobs(result, slots, tokens)
+        self._score_prompts(result, chunks)
         return result
+
+    def _score_prompts(self, result: worker_pb2.StepResult, chunks: list[Chunk]) -> None:
+        targets = [chunk.targets for chunk in chunks if chunk.targets is not None]
+        if targets:
+            scores = alternatives(np.concatenate(targets), self._vocab_size)
+            result.prompt_logprobs = scores[0].tobytes()
+            result.prompt_top_token_ids = scores[1].tobytes()
+            result.prompt_top_logprobs = scores[2].tobytes()
 
     def _heed_masks(
         self,

@@ -120,16 +120,34 @@ class GroupState(_message.Message):
     def __init__(self, is_ready: bool = ..., cause: _Optional[str] = ..., server: _Optional[_Union[_generate_pb2.GetServerInfoResponse, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class Outputs(_message.Message):
-    __slots__ = ("handles", "token_counts", "token_ids", "logprobs")
+    __slots__ = ("handles", "token_counts", "token_ids", "logprobs", "prompt_pieces")
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_PIECES_FIELD_NUMBER: _ClassVar[int]
     handles: bytes
     token_counts: bytes
     token_ids: bytes
     logprobs: _containers.RepeatedCompositeFieldContainer[_generate_pb2.TokenLogprobs]
-    def __init__(self, handles: _Optional[bytes] = ..., token_counts: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_generate_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    prompt_pieces: _containers.RepeatedCompositeFieldContainer[PromptPiece]
+    def __init__(self, handles: _Optional[bytes] = ..., token_counts: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_generate_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_pieces: _Optional[_Iterable[_Union[PromptPiece, _Mapping]]] = ...) -> None: ...
+
+class PromptPiece(_message.Message):
+    __slots__ = ("handle", "first_position", "token_ids", "logprobs", "top_token_ids", "top_logprobs")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    first_position: int
+    token_ids: bytes
+    logprobs: bytes
+    top_token_ids: bytes
+    top_logprobs: bytes
+    def __init__(self, handle: _Optional[int] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ...) -> None: ...
 
 class Ended(_message.Message):
     __slots__ = ("handle", "finish_reason", "stop_token_id", "status_code", "status_message", "retry_after_seconds", "times")

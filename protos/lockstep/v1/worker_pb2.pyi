@@ -256,7 +256,7 @@ class StepCommand(_message.Message):
     def __init__(self, command_id: _Optional[int] = ..., epoch: _Optional[int] = ..., first_step: _Optional[int] = ..., step_count: _Optional[int] = ..., delta: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., table_digest: _Optional[bytes] = ...) -> None: ...
 
 class TableDelta(_message.Message):
-    __slots__ = ("closed_slots", "opened_slots", "block_appends", "limits", "row_changes", "row_count", "chunks", "chunk_token_ids", "masks")
+    __slots__ = ("closed_slots", "opened_slots", "block_appends", "limits", "row_changes", "row_count", "chunks", "chunk_token_ids", "masks", "prompt_targets")
     CLOSED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     OPENED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_APPENDS_FIELD_NUMBER: _ClassVar[int]
@@ -266,6 +266,7 @@ class TableDelta(_message.Message):
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MASKS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TARGETS_FIELD_NUMBER: _ClassVar[int]
     closed_slots: bytes
     opened_slots: _containers.RepeatedCompositeFieldContainer[SlotOpen]
     block_appends: bytes
@@ -275,7 +276,8 @@ class TableDelta(_message.Message):
     chunks: bytes
     chunk_token_ids: bytes
     masks: _containers.RepeatedCompositeFieldContainer[SlotMask]
-    def __init__(self, closed_slots: _Optional[bytes] = ..., opened_slots: _Optional[_Iterable[_Union[SlotOpen, _Mapping]]] = ..., block_appends: _Optional[bytes] = ..., limits: _Optional[bytes] = ..., row_changes: _Optional[bytes] = ..., row_count: _Optional[int] = ..., chunks: _Optional[bytes] = ..., chunk_token_ids: _Optional[bytes] = ..., masks: _Optional[_Iterable[_Union[SlotMask, _Mapping]]] = ...) -> None: ...
+    prompt_targets: bytes
+    def __init__(self, closed_slots: _Optional[bytes] = ..., opened_slots: _Optional[_Iterable[_Union[SlotOpen, _Mapping]]] = ..., block_appends: _Optional[bytes] = ..., limits: _Optional[bytes] = ..., row_changes: _Optional[bytes] = ..., row_count: _Optional[int] = ..., chunks: _Optional[bytes] = ..., chunk_token_ids: _Optional[bytes] = ..., masks: _Optional[_Iterable[_Union[SlotMask, _Mapping]]] = ..., prompt_targets: _Optional[bytes] = ...) -> None: ...
 
 class SlotMask(_message.Message):
     __slots__ = ("slot", "bits", "ids")
@@ -348,7 +350,7 @@ class ExecuteResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[StepResult, _Mapping]] = ..., progress: _Optional[_Union[RankProgress, _Mapping]] = ..., failure: _Optional[_Union[RankFailure, _Mapping]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("command_id", "step", "token_ids", "flags", "logprobs", "top_token_ids", "top_logprobs", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros")
+    __slots__ = ("command_id", "step", "token_ids", "flags", "logprobs", "top_token_ids", "top_logprobs", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros", "prompt_logprobs", "prompt_top_token_ids", "prompt_top_logprobs")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -361,6 +363,9 @@ class StepResult(_message.Message):
     ARRIVAL_MICROS_FIELD_NUMBER: _ClassVar[int]
     IDLE_MICROS_FIELD_NUMBER: _ClassVar[int]
     COMM_MICROS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     step: int
     token_ids: bytes
@@ -373,7 +378,10 @@ class StepResult(_message.Message):
     arrival_micros: int
     idle_micros: int
     comm_micros: int
-    def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_micros: _Optional[int] = ..., all_reduce_count: _Optional[int] = ..., arrival_micros: _Optional[int] = ..., idle_micros: _Optional[int] = ..., comm_micros: _Optional[int] = ...) -> None: ...
+    prompt_logprobs: bytes
+    prompt_top_token_ids: bytes
+    prompt_top_logprobs: bytes
+    def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_micros: _Optional[int] = ..., all_reduce_count: _Optional[int] = ..., arrival_micros: _Optional[int] = ..., idle_micros: _Optional[int] = ..., comm_micros: _Optional[int] = ..., prompt_logprobs: _Optional[bytes] = ..., prompt_top_token_ids: _Optional[bytes] = ..., prompt_top_logprobs: _Optional[bytes] = ...) -> None: ...
 
 class RankProgress(_message.Message):
     __slots__ = ("command_id", "step", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros")

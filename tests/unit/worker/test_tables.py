@@ -11,7 +11,7 @@ import pytest
 
 from protos.lockstep.v1.worker_pb2 import SlotMask, SlotOpen, StepCommand, TableDelta
 from worker.errors import CommandRefused
-from worker.tables import BatchTables, CommandFence, TableLimits
+from worker.tables import AppliedDelta, BatchTables, CommandFence, TableLimits
 
 LIMITS = TableLimits(
     max_num_seqs=4,
@@ -136,6 +136,34 @@ def test_biases_and_bad_words_reach_the_sampler() -> None:
     assert params.bad_words == ((1,), (2, 3)) and params.recent_ids == (8, 2)
 
 
+def test_targets_are_the_prompt_s_ids_behind_each_position_that_has_one() -> None:
+    tables = BatchTables(LIMITS)
+    delta = TableDelta(
+        opened_slots=[opening(prompt_len=5, prefill_len=7)],
+        chunks=packed(1, 0, 3),
+        chunk_token_ids=packed(10, 11, 12),
+        prompt_targets=packed(1, 13),
+    )
+    assert targets_of(tables.apply(delta)) == [11, 12, 13]
+    # The last position of the prompt predicts output, as those behind it do.
+    rest = TableDelta(chunks=packed(1, 3, 4), chunk_token_ids=packed(13, 14, 1, 2))
+    rest.prompt_targets = packed(1, -1)
+    assert targets_of(tables.apply(rest)) == [14]
+
+
+def targets_of(applied: AppliedDelta) -> list[int]:
+    [chunk] = applied.chunks
+    assert chunk.targets is not None
+    found: list[int] = chunk.targets.tolist()
+    return found
+
+
+def with_targets(*pairs: int) -> TableDelta:
+    delta = whole_prompt(3)
+    delta.prompt_targets = packed(*pairs)
+    return delta
+
+
 REFUSED: dict[str, Callable[[], TableDelta]] = {
     "slot 0 is not in 1..4": lambda: TableDelta(opened_slots=[opening(0)]),
     "slot 5 is not in 1..4": lambda: TableDelta(opened_slots=[opening(5)]),
@@ -211,6 +239,14 @@ REFUSED: dict[str, Callable[[], TableDelta]] = {
     "recent_ids is": lambda: TableDelta(
         opened_slots=[opening(3, recent_output_ids=packed(*range(16)))]
     ),
+    "slot 3: 7 cannot stand behind its chunk": lambda: with_targets(3, 7),
+    "slot 3: 100 cannot stand behind": lambda: TableDelta(
+        opened_slots=[opening(3)],
+        chunks=packed(3, 0, 2),
+        chunk_token_ids=packed(1, 2),
+        prompt_targets=packed(3, 100),
+    ),
+    "prompt_targets name slots \\[1\\] without": lambda: with_targets(1, 7, 3, -1),
     "still in prefill": lambda: TableDelta(
         opened_slots=[opening(3)], row_changes=packed(2, 3), row_count=3
     ),

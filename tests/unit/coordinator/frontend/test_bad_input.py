@@ -78,6 +78,10 @@ BAD = {
     ),
     "min_tokens above max": (request(max_tokens=3, min_tokens=4), ["min_tokens", "4", "3"]),
     "many logprobs": (request(logprobs=21), ["logprobs", "21", "at most 20"]),
+    "many prompt logprobs": (
+        request(prompt_logprobs=21),
+        ["prompt_logprobs", "21", "at most 20"],
+    ),
     "many stops": (request(stop=["x"] * 17), ["stop", "17", "at most 16"]),
     "empty stop": (request(stop=[""]), ["stop[0]", "''", "1 to 256"]),
     "long stop": (request(stop=["x" * 257]), ["stop[0]", "1 to 256"]),
@@ -130,9 +134,6 @@ BAD = {
         ["resume_output_ids", "65", "64"],
     ),
 }
-
-
-BAD["unsupported"] = (request(prompt_logprobs=0), ["prompt_logprobs", "0", "unset"])
 
 
 def check_refusals(

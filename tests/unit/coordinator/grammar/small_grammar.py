@@ -17,7 +17,7 @@ VOCAB_SIZE = 300  # some rows more than the tokenizer has tokens
 def write_model(folder: Path) -> Path:
     """With a byte-level tokenizer, without weights."""
     write_checkpoint(folder, byte_level())
-    config = {"vocab_size": VOCAB_SIZE, "eos_token_id": EOS}
+    config = {"vocab_size": VOCAB_SIZE, "eos_token_id": EOS, "max_position_embeddings": 4096}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
