@@ -1,4 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="assignment, var-annotated, unreachable"
 """The steps that kernels over staging memory are made of; the protocol is in staging_tables.
 
 Device functions: called by kernels, never launched.
