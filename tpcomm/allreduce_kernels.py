@@ -38,14 +38,14 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _WORD_TYPES = {4: "int32", 2: "int16"}
 
 
-@jit(varying=("tensor_ptr", "num_vectors", "rank"))
+@jit(varying=("tensor_ptr", "num_vectors"))
 def tpcomm_one_shot_all_reduce(
     tensor_ptr,
     bases_ptr,
     state_ptr,
     abort_ptr,
     num_vectors,
-    rank,
+    RANK: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     NUM_STATES: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
@@ -60,21 +60,21 @@ def tpcomm_one_shot_all_reduce(
     mask = offsets // VECTOR < num_vectors
     if VECTOR > 1:  # a hint on the argument itself is lost
         tensor_ptr = tl.multiple_of(tensor_ptr.to(tl.int64).to(tl.pointer_type(dtype)), 16)
-    own_base = tl.load(bases_ptr + rank)
+    own_base = tl.load(bases_ptr + RANK)
     own_words = float_words(tl.load(tensor_ptr + offsets, mask=mask, other=0.0), WORD)
     state, place, wiped = begin_call(state_ptr, SLOT_BYTES, WORLD_SIZE)
     for step in tl.static_range(1, WORLD_SIZE):
-        base = tl.load(bases_ptr + (rank + step) % WORLD_SIZE)
-        send(word_row(base, place, rank, SLOT_BYTES, WORD) + offsets, own_words, mask)
+        base = tl.load(bases_ptr + (RANK + step) % WORLD_SIZE)
+        send(word_row(base, place, RANK, SLOT_BYTES, WORD) + offsets, own_words, mask)
     word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
-    wipe(own_base, state, wiped, rank, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
+    wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
     end_call(state_ptr, state, num_vectors * (VECTOR * word_bytes), NUM_STATES, CHUNK)
     total = receive_sum(
         word_row(own_base, place, 0, SLOT_BYTES, WORD),
         offsets,
         own_words,
         mask,
-        rank,
+        RANK,
         abort_ptr,
         SLOT_BYTES // word_bytes,
         WORLD_SIZE,
@@ -85,14 +85,14 @@ def tpcomm_one_shot_all_reduce(
     tl.store(tensor_ptr + offsets, total.to(dtype), mask=mask)
 
 
-@jit(varying=("tensor_ptr", "num_elements", "rank"))
+@jit(varying=("tensor_ptr", "num_elements"))
 def tpcomm_one_shot_integer_all_reduce(
     tensor_ptr,
     bases_ptr,
     state_ptr,
     abort_ptr,
     num_elements,
-    rank,
+    RANK: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     NUM_STATES: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
@@ -105,28 +105,28 @@ def tpcomm_one_shot_integer_all_reduce(
     dtype = tensor_ptr.dtype.element_ty
     offsets = program * CHUNK + tl.arange(0, CHUNK)
     mask = offsets < num_elements
-    own_base = tl.load(bases_ptr + rank)
+    own_base = tl.load(bases_ptr + RANK)
     values = tl.load(tensor_ptr + offsets, mask=mask, other=0).to(tl.int64)
     wire = program * (CHUNK * HALVES) + tl.arange(0, CHUNK)
     state, place, wiped = begin_call(state_ptr, SLOT_BYTES, WORLD_SIZE)
     for step in tl.static_range(1, WORLD_SIZE):
-        base = tl.load(bases_ptr + (rank + step) % WORLD_SIZE)
-        row = word_row(base, place, rank, SLOT_BYTES, tl.int64) + wire
+        base = tl.load(bases_ptr + (RANK + step) % WORLD_SIZE)
+        row = word_row(base, place, RANK, SLOT_BYTES, tl.int64) + wire
         send(row, values & 0xFFFFFFFF, mask)
         if HALVES == 2:
             send(row + CHUNK, (values >> 32) & 0xFFFFFFFF, mask)
-    wipe(own_base, state, wiped, rank, SLOT_BYTES, WORLD_SIZE, CHUNK)
+    wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK)
     used = tl.num_programs(0) * (CHUNK * HALVES * 8)
     end_call(state_ptr, state, used, NUM_STATES, CHUNK)
     for peer in tl.static_range(WORLD_SIZE):
         row = word_row(own_base, place, peer, SLOT_BYTES, tl.int64) + wire
-        arrives = mask & (peer != rank)
+        arrives = mask & (peer != RANK)
         theirs = receive(row, arrives, abort_ptr)
         if HALVES == 2:
             theirs |= receive(row + CHUNK, arrives, abort_ptr) << 32
         else:
             theirs = theirs.to(tl.int32).to(tl.int64)
-        part = tl.where(peer == rank, values, theirs)
+        part = tl.where(peer == RANK, values, theirs)
         if peer == 0:
             total = part
         elif IS_MAX:
@@ -136,7 +136,7 @@ def tpcomm_one_shot_integer_all_reduce(
     tl.store(tensor_ptr + offsets, total.to(dtype), mask=mask)
 
 
-@jit(varying=("tensor_ptr", "num_vectors", "slice_vectors", "rank"))
+@jit(varying=("tensor_ptr", "num_vectors", "slice_vectors"))
 def tpcomm_two_shot_all_reduce(
     tensor_ptr,
     bases_ptr,
@@ -144,7 +144,7 @@ def tpcomm_two_shot_all_reduce(
     abort_ptr,
     num_vectors,
     slice_vectors,
-    rank,
+    RANK: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     NUM_STATES: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
@@ -163,38 +163,38 @@ def tpcomm_two_shot_all_reduce(
     slice_len = slice_vectors * VECTOR
     if VECTOR > 1:
         tensor_ptr = tl.multiple_of(tensor_ptr.to(tl.int64).to(tl.pointer_type(dtype)), 16)
-    own_base = tl.load(bases_ptr + rank)
+    own_base = tl.load(bases_ptr + RANK)
     state, place, wiped = begin_call(state_ptr, SLOT_BYTES, WORLD_SIZE)
     for step in tl.static_range(1, WORLD_SIZE):
-        owner = (rank + step) % WORLD_SIZE
+        owner = (RANK + step) % WORLD_SIZE
         index = owner * slice_len + offsets
         inside = in_slice & (owner * slice_vectors + offsets // VECTOR < num_vectors)
         words = float_words(tl.load(tensor_ptr + index, mask=inside, other=0.0), WORD)
         base = tl.load(bases_ptr + owner)
-        send(word_row(base, place, rank, SLOT_BYTES, WORD) + offsets, words, inside)
+        send(word_row(base, place, RANK, SLOT_BYTES, WORD) + offsets, words, inside)
 
-    own_index = rank * slice_len + offsets
-    mask = in_slice & (rank * slice_vectors + offsets // VECTOR < num_vectors)
+    own_index = RANK * slice_len + offsets
+    mask = in_slice & (RANK * slice_vectors + offsets // VECTOR < num_vectors)
     own_words = float_words(tl.load(tensor_ptr + own_index, mask=mask, other=0.0), WORD)
     word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
     row_words: tl.constexpr = SLOT_BYTES // word_bytes
-    wipe(own_base, state, wiped, rank, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
+    wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
     end_call(state_ptr, state, results * (2 * word_bytes), NUM_STATES, CHUNK)
     first_row = word_row(own_base, place, 0, SLOT_BYTES, WORD)
     total = receive_sum(
-        first_row, offsets, own_words, mask, rank, abort_ptr, row_words, WORLD_SIZE, dtype,
+        first_row, offsets, own_words, mask, RANK, abort_ptr, row_words, WORLD_SIZE, dtype,
         IS_MAX, CHUNK,
     )  # fmt: skip
     combined = float_words(total.to(dtype), WORD)
     for step in tl.static_range(1, WORLD_SIZE):
-        base = tl.load(bases_ptr + (rank + step) % WORLD_SIZE)
-        row = word_row(base, place, rank, SLOT_BYTES, WORD)
+        base = tl.load(bases_ptr + (RANK + step) % WORLD_SIZE)
+        row = word_row(base, place, RANK, SLOT_BYTES, WORD)
         send(row + results + offsets, combined, mask)
     tl.store(tensor_ptr + own_index, combined.to(dtype, bitcast=True), mask=mask)
 
     owners = tl.arange(0, PADDED_WORLD)[:, None]
     vectors = owners * slice_vectors + (offsets // VECTOR)[None, :]
-    arrives = in_slice[None, :] & (vectors < num_vectors) & (owners != rank) & (owners < WORLD_SIZE)
+    arrives = in_slice[None, :] & (vectors < num_vectors) & (owners != RANK) & (owners < WORLD_SIZE)
     gathered = receive(
         first_row + owners * row_words + (results + offsets)[None, :], arrives, abort_ptr
     )

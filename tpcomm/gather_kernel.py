@@ -22,7 +22,7 @@ from tpcomm.triton_language import Launch, jit, tl
 _WORD_BYTES = 2
 
 
-@jit(varying=("source_ptr", "target_ptr", "num_vectors", "rank"))
+@jit(varying=("source_ptr", "target_ptr", "num_vectors"))
 def tpcomm_all_gather(
     source_ptr,
     target_ptr,
@@ -30,7 +30,7 @@ def tpcomm_all_gather(
     state_ptr,
     abort_ptr,
     num_vectors,
-    rank,
+    RANK: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     NUM_STATES: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
@@ -44,19 +44,19 @@ def tpcomm_all_gather(
     if VECTOR > 1:
         source_ptr = tl.multiple_of(source_ptr.to(tl.int64).to(byte_pointer), 16)
         target_ptr = tl.multiple_of(target_ptr.to(tl.int64).to(byte_pointer), 16)
-    own_base = tl.load(bases_ptr + rank)
+    own_base = tl.load(bases_ptr + RANK)
     own_words = tl.load(source_ptr + offsets, mask=mask, other=0).to(tl.int16)
     state, place, wiped = begin_call(state_ptr, SLOT_BYTES, WORLD_SIZE)
     for step in tl.static_range(1, WORLD_SIZE):
-        base = tl.load(bases_ptr + (rank + step) % WORLD_SIZE)
-        send(word_row(base, place, rank, SLOT_BYTES, tl.int16) + offsets, own_words, mask)
-    wipe(own_base, state, wiped, rank, SLOT_BYTES, WORLD_SIZE, CHUNK // 4)
+        base = tl.load(bases_ptr + (RANK + step) % WORLD_SIZE)
+        send(word_row(base, place, RANK, SLOT_BYTES, tl.int16) + offsets, own_words, mask)
+    wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK // 4)
     end_call(state_ptr, state, num_vectors * (VECTOR * 2), NUM_STATES, CHUNK)
 
     num_bytes = num_vectors * VECTOR
-    tl.store(target_ptr + rank * num_bytes + offsets, own_words.to(tl.uint8), mask=mask)
+    tl.store(target_ptr + RANK * num_bytes + offsets, own_words.to(tl.uint8), mask=mask)
     peers = tl.arange(0, PADDED_WORLD)[:, None]
-    arrives = mask[None, :] & (peers != rank) & (peers < WORLD_SIZE)
+    arrives = mask[None, :] & (peers != RANK) & (peers < WORLD_SIZE)
     rows = word_row(own_base, place, 0, SLOT_BYTES, tl.int16)
     words = receive(rows + peers * (SLOT_BYTES // 2) + offsets[None, :], arrives, abort_ptr)
     tl.store(target_ptr + peers * num_bytes + offsets[None, :], words.to(tl.uint8), mask=arrives)

@@ -43,7 +43,7 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
     return functional.rms_norm(residual, (residual.shape[-1],), weight, eps)
 
 
-@jit(varying=("x_ptr", "rank", "eps"))
+@jit(varying=("x_ptr", "eps"))
 def tpcomm_all_reduce_add_rms_norm(
     x_ptr,
     residual_ptr,
@@ -52,8 +52,8 @@ def tpcomm_all_reduce_add_rms_norm(
     bases_ptr,
     state_ptr,
     abort_ptr,
-    rank,
     eps,
+    RANK: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     NUM_STATES: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
@@ -70,17 +70,17 @@ def tpcomm_all_reduce_add_rms_norm(
         x_ptr = tl.multiple_of(x_ptr.to(tl.int64).to(tl.pointer_type(dtype)), 16)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0)
     if WORLD_SIZE > 1:
-        own_base = tl.load(bases_ptr + rank)
+        own_base = tl.load(bases_ptr + RANK)
         own_words = float_words(x, WORD)
         state, place, wiped = begin_call(state_ptr, SLOT_BYTES, WORLD_SIZE)
         for step in tl.static_range(1, WORLD_SIZE):
-            base = tl.load(bases_ptr + (rank + step) % WORLD_SIZE)
-            send(word_row(base, place, rank, SLOT_BYTES, WORD) + offsets, own_words, inside)
+            base = tl.load(bases_ptr + (RANK + step) % WORLD_SIZE)
+            send(word_row(base, place, RANK, SLOT_BYTES, WORD) + offsets, own_words, inside)
     residual = tl.load(residual_ptr + offsets, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
     if WORLD_SIZE > 1:
         word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
-        wipe(own_base, state, wiped, rank, SLOT_BYTES, WORLD_SIZE, BLOCK * word_bytes // 8)
+        wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, BLOCK * word_bytes // 8)
         used = tl.num_programs(0) * (HIDDEN * word_bytes)
         end_call(state_ptr, state, used, NUM_STATES, BLOCK)
         total = receive_sum(
@@ -88,7 +88,7 @@ def tpcomm_all_reduce_add_rms_norm(
             offsets,
             own_words,
             inside,
-            rank,
+            RANK,
             abort_ptr,
             SLOT_BYTES // word_bytes,
             WORLD_SIZE,
@@ -153,14 +153,14 @@ def fused_launch(
     block = max(1 << (hidden_size - 1).bit_length(), _MIN_BLOCK)
     vector = vector_width(x, residual, weight, out)
     if tables is None:
-        addresses: tuple[object, ...] = (None, None, None, 0, eps, 0, 0, 1)
+        addresses: tuple[object, ...] = (None, None, None, eps, 0, 0, 0, 1)
     else:
         addresses = (
             tables.bases,
             tables.state,
             tables.abort_word,
-            tables.rank,
             eps,
+            tables.rank,
             tables.slot_bytes,
             tables.state.numel(),
             tables.world_size,

@@ -1,4 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="assignment, var-annotated, unreachable"
 """The steps that kernels over staging memory are made of; the protocol is in staging_tables.
 
 Device functions: called by kernels, never launched.
@@ -40,7 +41,7 @@ def wipe(
     own_base,
     state,
     wiped,
-    rank,
+    RANK: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -49,7 +50,7 @@ def wipe(
     num_words = ((state & 0xFFFFFFFF).to(tl.int32) + 15) // 16 * 2
     ones = tl.full([BLOCK], -1, tl.int64)
     for step in tl.static_range(1, WORLD_SIZE):
-        peer = (rank + step) % WORLD_SIZE
+        peer = (RANK + step) % WORLD_SIZE
         row = tl.multiple_of(
             (own_base + wiped + peer * SLOT_BYTES).to(tl.pointer_type(tl.int64)), 16
         )
@@ -95,7 +96,7 @@ def float_words(values, WORD: tl.constexpr):
 
 @device_function
 def receive_sum(
-    row_of_rank_0, offsets, own_words, mask, rank, abort_ptr,
+    row_of_rank_0, offsets, own_words, mask, RANK: tl.constexpr, abort_ptr,
     ROW_WORDS: tl.constexpr, WORLD_SIZE: tl.constexpr, DTYPE: tl.constexpr, IS_MAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -109,13 +110,17 @@ def receive_sum(
         aborted = tl.load(abort_ptr, volatile=True)
         arrived = ()
         for peer in tl.static_range(WORLD_SIZE):  # all on their way before one is looked at
-            place = row_of_rank_0 + peer * ROW_WORDS + offsets
-            theirs = tl.load(place, mask=mask & (peer != rank), other=0, volatile=True)
-            arrived = arrived + (theirs,)
+            if peer == RANK:
+                words = own_words
+            else:
+                row = row_of_rank_0 + peer * ROW_WORDS + offsets
+                words = tl.load(row, mask=mask, other=0, volatile=True)
+            arrived = arrived + (words,)
         missing = tl.zeros([BLOCK], tl.int32)
         for peer in tl.static_range(WORLD_SIZE):
-            words = tl.where(peer == rank, own_words, arrived[peer])
-            missing |= (words == -1).to(tl.int32)
+            words = arrived[peer]
+            if peer != RANK:
+                missing |= (words == -1).to(tl.int32)
             value = words.to(DTYPE, bitcast=True).to(tl.float32)
             if peer == 0:
                 total = value
