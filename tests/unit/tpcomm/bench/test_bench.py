@@ -91,7 +91,7 @@ def test_bad_arguments_are_refused(
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr(bench_main.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(SystemExit):
         parse_arguments(arguments)
     assert message in capsys.readouterr().err
