@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -23,7 +23,14 @@ _EXIT_S = 5.0
 
 
 class RanksFailed(RuntimeError):
-    """A call raised on a rank, or did not end in time; the pool is gone."""
+    """A call raised on a rank, or did not end in time; the pool is gone.
+
+    `replies` are those of the ranks that ended well.
+    """
+
+    def __init__(self, message: str, replies: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.replies = tuple(replies)
 
 
 @dataclass
@@ -109,7 +116,8 @@ class RankPool:
         errors += [text for ok, text in replies if not ok]
         if errors:
             self.kill()
-            raise RanksFailed("\n".join(errors))
+            good = [value for ok, value in replies if ok]
+            raise RanksFailed("\n".join(errors), good)
         return [value for _, value in replies]
 
     def kill(self) -> None:
