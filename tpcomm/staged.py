@@ -11,7 +11,7 @@ from tpcomm import size_table
 from tpcomm.communicator import AddRmsNorm, ReduceOp, check_layout, check_reducible, gather_output
 from tpcomm.cuda_driver import load_cuda_driver
 from tpcomm.errors import CommError, CommTimeout
-from tpcomm.graph_timer import measure_in_graph
+from tpcomm.graph_timer import measure_in_graph, wait_idle
 from tpcomm.nccl import NcclCommunicator
 from tpcomm.nccl_api import Nccl
 from tpcomm.norm_kernel import add_rms_norm_reference
@@ -41,11 +41,12 @@ class StagedCommunicator(NcclCommunicator):
         name: str,
     ) -> None:
         super().__init__(nccl, unique_id, rank, world_size, device, timeout_s)
+        self._staging_bytes = staging_bytes
         self.staging_absent = ""
         self._staging: Staging | None = None
         self.table = SizeTable(())
         self._switched_off: dict[tuple[str, str], str] = {}
-        self._form_staging(staging_bytes, name)
+        self._form_staging(name)
 
     @property
     def staging(self) -> Staging | None:
@@ -108,6 +109,29 @@ class StagedCommunicator(NcclCommunicator):
         if staging is not None:
             staging.abort()
 
+    def rejoin(self, unique_id: bytes, name: str) -> None:
+        """After `abort`: form the group again; any of the other ranks may be new processes.
+
+        Collective with their creation: `unique_id` and `name` are the new group's. NCCL is built
+        anew, so graphs that hold its calls are void; graphs that hold staged calls alone go on.
+        Every rank runs `preflight` afterwards, or none. Call it when the stream has drained.
+
+        Raises:
+            CommError: the group was not aborted.
+            CommTimeout: not all ranks came, or what was aborted still runs.
+        """
+        if not self._aborted.is_set():
+            raise CommError("rejoin is for a group that was aborted")
+        wait_idle(self.timeout_s, "what was aborted")
+        self._aborted.clear()
+        self._failed = False
+        self._handle = self._join_group(unique_id)
+        self._token.fill_(1)
+        self._warm_up()
+        self._switched_off.clear()
+        self.table = SizeTable(())
+        self._form_staging(name)
+
     def close(self) -> None:
         """As NcclCommunicator; the staging memory is unmapped once all ranks are past a barrier.
 
@@ -150,15 +174,17 @@ class StagedCommunicator(NcclCommunicator):
             measure=measure_in_graph,
         )
 
-    def _form_staging(self, staging_bytes: int, name: str) -> None:
-        """Make, exchange and map the buffers, agreeing after each step that no rank failed."""
-        self._staging = None
-        staging: Staging | None = None
-        reason = self._cannot_share(staging_bytes)
-        if not reason:
+    def _form_staging(self, name: str) -> None:
+        """Make, exchange and map the buffers, agreeing after each step that no rank failed.
+
+        A buffer that is there already is kept, at its address.
+        """
+        staging, self._staging = self._staging, None
+        reason = self._cannot_share(self._staging_bytes)
+        if not reason and staging is None:
             try:
                 staging = Staging(
-                    self.rank, self.world_size, self.device, staging_bytes, load_cuda_driver()
+                    self.rank, self.world_size, self.device, self._staging_bytes, load_cuda_driver()
                 )
             except CommError as error:
                 reason = str(error)

@@ -67,25 +67,29 @@ class Staging:
             _round_up(size, driver.granularity(device.index, exportable=True)), device, driver
         )
         self._peers: list[SharedAllocation] = []
-        tensor_at(self._own.address, self._own.num_bytes, device).fill_(_FREE)
         self._abort_stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._raised = torch.ones(1, dtype=torch.int32).pin_memory()
         self.tables = make_tables(world_size, rank, self.limit_bytes, device)
-        torch.cuda.synchronize(device)  # the memory is ready before any peer can write to it
 
     def connect(self, name: str, timeout_s: float) -> None:
         """Exchange descriptors with the other ranks and map their buffers. Collective.
+
+        After an abort it may be called again, under another name, with any of the other ranks in
+        new processes: all state begins anew at the addresses that captured graphs hold. No kernel
+        of any rank may still run then.
 
         Raises:
             CommTimeout, CommError: a rank did not come.
             CudaDriverError: this device cannot reach a peer's memory.
         """
+        self._reset()
         rank = self.tables.rank
         own_fd = self._own.export_fd()
         try:
             table = exchange_fds(name, rank, self._world_size, own_fd, timeout_s)
         finally:
             os.close(own_fd)
+        lost, self._peers = self._peers, []
         try:
             addresses = [self._map_peer(peer, table[peer]) for peer in range(self._world_size)]
         finally:
@@ -93,6 +97,8 @@ class Staging:
                 os.close(fd)
         self.tables.bases.copy_(torch.tensor(addresses, dtype=torch.int64))
         torch.cuda.synchronize(self.device)
+        for allocation in lost:
+            allocation.close()
 
     def takes_one_shot(self, tensor: Tensor) -> bool:
         """Whether `one_shot` may be called with this tensor."""
@@ -146,6 +152,13 @@ class Staging:
             peer.close()
         self._peers.clear()
         self._own.close()
+
+    def _reset(self) -> None:
+        """As before the first call, and ready before a peer that gets our descriptor can write."""
+        tensor_at(self._own.address, self._own.num_bytes, self.device).fill_(_FREE)
+        self.tables.state.zero_()
+        self.tables.abort_word.zero_()
+        torch.cuda.synchronize(self.device)
 
     def _map_peer(self, peer: int, fd: int) -> int:
         if peer == self.tables.rank:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -23,7 +23,14 @@ _EXIT_S = 5.0
 
 
 class RanksFailed(RuntimeError):
-    """A call raised on a rank, or did not end in time; the pool is gone."""
+    """A call raised on a rank, or did not end in time; the pool is gone.
+
+    `replies` are those of the ranks that ended well.
+    """
+
+    def __init__(self, message: str, replies: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.replies = tuple(replies)
 
 
 @dataclass
@@ -60,7 +67,7 @@ class RankContext:
 
 
 class RankPool:
-    """One process per GPU. Killed whole when a call fails: a hung kernel ends with its process."""
+    """One process per device. All are killed when a call fails, and hung kernels with them."""
 
     def __init__(
         self,
@@ -68,13 +75,19 @@ class RankPool:
         group_id: bytes,
         staging_bytes: int,
         environment: Mapping[str, str],
+        device_type: str = "cuda",
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            arguments = (theirs, rank, world_size, group_id, staging_bytes, dict(environment))
+            device = torch.device(device_type, rank)
+            arguments = (
+                theirs,
+                RankContext(rank, world_size, device, group_id, staging_bytes),
+                dict(environment),
+            )
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -103,7 +116,8 @@ class RankPool:
         errors += [text for ok, text in replies if not ok]
         if errors:
             self.kill()
-            raise RanksFailed("\n".join(errors))
+            good = [value for ok, value in replies if ok]
+            raise RanksFailed("\n".join(errors), good)
         return [value for _, value in replies]
 
     def kill(self) -> None:
@@ -117,19 +131,11 @@ class RankPool:
         self._pipes, self._processes = [], []
 
 
-def _serve(
-    pipe: Connection,
-    rank: int,
-    world_size: int,
-    group_id: bytes,
-    staging_bytes: int,
-    environment: Mapping[str, str],
-) -> None:
+def _serve(pipe: Connection, context: RankContext, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)  # before CUDA and NCCL start, which read it once
     torch.set_num_threads(1)
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    context = RankContext(rank, world_size, device, group_id, staging_bytes)
+    if context.device.type == "cuda":
+        torch.cuda.set_device(context.device)
     while True:
         try:
             function, args = pipe.recv()
@@ -138,4 +144,4 @@ def _serve(
         try:
             pipe.send((True, function(context, *args)))
         except BaseException:  # noqa: BLE001  told to the parent, which raises it
-            pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
+            pipe.send((False, f"rank {context.rank}: {traceback.format_exc()}"))

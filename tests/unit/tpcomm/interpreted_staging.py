@@ -1,13 +1,15 @@
-"""The staging path between two processes, on host memory and under Triton's interpreter.
+"""The staging path between processes on host memory, under Triton's interpreter.
 
-Started by test_staging.py. Buffers are made, exported, exchanged and mapped as on GPUs; what torch
-needs of CUDA is replaced by nothing.
+One process is lost and replaced. Started by test_staging.py. Buffers are made, exported, exchanged
+and mapped as on GPUs; what torch needs of CUDA is replaced by nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import signal
 import sys
 from typing import cast
 
@@ -56,9 +58,38 @@ def run_rank(name: str, rank: int) -> None:
             assert torch.equal(call(inputs[rank].clone(), ReduceOp.SUM), expected), num_elements
     out = torch.empty(WORLD_SIZE, 333)
     assert torch.equal(buffers.all_gather(inputs[rank][:333], out)[1], inputs[1][:333])
-    if rank == 0:  # rank 1 does not take part: without the abort word this would not return
-        buffers.abort()
-        buffers.one_shot(torch.ones(8), ReduceOp.SUM)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    # Rank 1 is gone: without the abort word this would not return.
+    buffers.abort()
+    buffers.one_shot(torch.ones(8), ReduceOp.SUM)
+    rejoin(buffers, new_name_of(name))
+    buffers.close()
+
+
+def new_name_of(name: str) -> str:
+    return f"{name}-again"
+
+
+def rejoin(buffers: Staging, name: str) -> None:
+    """Both the survivor and the newcomer: the same addresses, and sums are right again."""
+    tables = buffers.tables
+    held = [part.data_ptr() for part in (tables.bases, tables.state, tables.abort_word)]
+    buffers.connect(name, 20.0)
+    assert held == [part.data_ptr() for part in (tables.bases, tables.state, tables.abort_word)]
+    for num_elements in (5, 1500, 5):
+        inputs = [make_input(r, (num_elements,), torch.float32, False) for r in range(WORLD_SIZE)]
+        tensor = inputs[tables.rank].clone()
+        expected = expected_reduction(inputs, ReduceOp.SUM)
+        assert torch.equal(buffers.one_shot(tensor, ReduceOp.SUM), expected)
+
+
+def run_newcomer(name: str) -> None:
+    """Takes the place of rank 1."""
+    without_cuda()
+    driver = cast(CudaDriver, HostDriver())
+    buffers = Staging(1, WORLD_SIZE, HOST, STAGING_BYTES, driver)
+    rejoin(buffers, new_name_of(name))
     buffers.close()
 
 
@@ -66,6 +97,7 @@ def main() -> None:
     name = new_name()
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=run_rank, args=(name, rank)) for rank in range(WORLD_SIZE)]
+    ranks.append(context.Process(target=run_newcomer, args=(name,)))
     for process in ranks:
         process.start()
     for process in ranks:
@@ -73,7 +105,7 @@ def main() -> None:
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
-    sys.exit(f"exit codes {codes}" if codes != [0] * WORLD_SIZE else 0)
+    sys.exit(f"exit codes {codes}" if codes != [0, -signal.SIGKILL, 0] else 0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, cast
 
 import pytest
@@ -100,6 +101,7 @@ class Group:
         def init(comm: Any, *arguments: Any) -> None:
             comm.rank, comm.world_size, comm.device, comm.timeout_s = 0, 2, CPU, 1.0
             comm.stats = CommStats()
+            comm._aborted, comm._token, comm._handle = threading.Event(), torch.ones(1), None
 
         def reduce(comm: Any, tensor: Tensor, op: ReduceOp) -> Tensor:
             self.events.append(f"nccl {tensor.nbytes}")
@@ -205,6 +207,26 @@ def test_path_that_hung_takes_staging_memory_with_it(
     comm.all_gather(torch.zeros(1))
     assert group.events == ["nccl 16", "nccl gather 4"]
     assert [path.absent for path in comm.paths()[:4]] == ["hung"] * 4
+
+
+def test_rejoin_after_an_abort_keeps_the_buffer_and_begins_anew(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm = group.join(monkeypatch)
+    staging, table = comm.staging, comm.table.routes
+    with pytest.raises(CommError, match="was aborted"):
+        comm.rejoin(b"id", "too early")
+    comm.paths()[0].switch_off("found wrong", False)  # type: ignore[misc]
+    comm._aborted.set()
+    monkeypatch.setattr(staged, "wait_idle", lambda limit_s, what: group.events.append("drained"))
+    monkeypatch.setattr(StagedCommunicator, "_join_group", lambda comm, unique_id: unique_id)
+    monkeypatch.setattr(StagedCommunicator, "_warm_up", lambda comm: group.events.append("nccl"))
+    group.events.clear()
+    comm.rejoin(b"id", "second")
+    steps = [event for event in group.events if "4" not in event]  # without agreements
+    assert steps[:2] == ["drained", "nccl"] and steps[-1] == "connect second"
+    assert comm.staging is staging and comm.table.routes == table
+    assert not comm.paths()[0].absent
 
 
 @pytest.mark.parametrize(
