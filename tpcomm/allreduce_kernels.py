@@ -213,6 +213,22 @@ class Tile:
     num_warps: int = NUM_WARPS
 
 
+def fits_one_shot(tensor: Tensor, tables: StagingTables) -> bool:
+    """Whether a one-shot all-reduce takes `tensor`, which is contiguous."""
+    num_bytes = one_shot_bytes(tensor)
+    num_programs = -(-num_bytes // CHUNK_BYTES)
+    return 0 < num_bytes <= tables.slot_bytes and tables.fits(num_programs, NUM_WARPS)
+
+
+def fits_two_shot(tensor: Tensor, tables: StagingTables) -> bool:
+    """Whether a two-shot all-reduce takes `tensor`, which is contiguous."""
+    if tensor.dtype not in _FLOATS or not tensor.numel():
+        return False
+    num_programs = _num_slice_tiles(tensor, tables.world_size, CHUNK_BYTES)
+    fits = 2 * num_programs * CHUNK_BYTES <= tables.slot_bytes
+    return fits and tables.fits(num_programs, NUM_WARPS)
+
+
 def one_shot_bytes(tensor: Tensor) -> int:
     """What a one-shot all-reduce of `tensor` needs of a slot."""
     return tensor.nbytes if tensor.dtype in _FLOATS else tensor.numel() * _wire_bytes(tensor.dtype)
@@ -250,7 +266,7 @@ def one_shot_launch(
     """What `one_shot_all_reduce` runs; two variants a float dtype: whole vectors, or not."""
     assert 0 < one_shot_bytes(tensor) <= tables.slot_bytes, (tensor.shape, tables.slot_bytes)
     num_programs = -(-one_shot_bytes(tensor) // tile.num_bytes)
-    assert num_programs <= tables.state.numel(), num_programs
+    assert tables.fits(num_programs, tile.num_warps), num_programs
     addresses = (tensor, tables.bases, tables.state, tables.abort_word)
     sizes = (tables.slot_bytes, tables.state.numel(), tables.world_size)
     is_max = op == ReduceOp.MAX
@@ -278,7 +294,7 @@ def two_shot_launch(
     assert tensor.numel() and tensor.dtype in _FLOATS, (tensor.shape, tensor.dtype)
     num_programs = _num_slice_tiles(tensor, world_size, tile.num_bytes)
     assert 2 * num_programs * tile.num_bytes <= tables.slot_bytes, tensor.shape
-    assert num_programs <= tables.state.numel(), num_programs
+    assert tables.fits(num_programs, tile.num_warps), num_programs
     vector = vector_width(tensor)
     num_vectors = tensor.numel() // vector
     arguments = (

@@ -67,10 +67,17 @@ def gather_bytes(tensor: Tensor) -> int:
     return -(-tensor.nbytes // VECTOR_BYTES) * VECTOR_BYTES * _WORD_BYTES
 
 
+def fits_gather(tensor: Tensor, tables: StagingTables) -> bool:
+    """Whether `small_all_gather` takes `tensor`."""
+    num_programs = -(-tensor.nbytes // (CHUNK_BYTES // _WORD_BYTES))
+    fits = 0 < gather_bytes(tensor) <= tables.slot_bytes
+    return fits and tables.fits(num_programs, NUM_WARPS)
+
+
 def small_all_gather(tensor: Tensor, out: Tensor, tables: StagingTables) -> Tensor:
     """Fill `out` [world_size, *tensor.shape] on the current stream; neither is empty.
 
-    `gather_bytes` may be at most `slot_bytes`. Otherwise as `one_shot_all_reduce`.
+    `fits_gather` holds. Otherwise as `one_shot_all_reduce`.
     """
     gather_launch(tensor, out, tables).run()
     return out
@@ -78,7 +85,7 @@ def small_all_gather(tensor: Tensor, out: Tensor, tables: StagingTables) -> Tens
 
 def gather_launch(tensor: Tensor, out: Tensor, tables: StagingTables) -> Launch:
     """What `small_all_gather` runs."""
-    assert 0 < gather_bytes(tensor) <= tables.slot_bytes, (tensor.shape, tables.slot_bytes)
+    assert fits_gather(tensor, tables), (tensor.shape, tables.slot_bytes)
     source, target = as_bytes(tensor), as_bytes(out)
     vector = vector_width(source, target)
     if source.numel() % VECTOR_BYTES:

@@ -119,15 +119,21 @@ def fused_refusal(x: Tensor, residual: Tensor, weight: Tensor) -> str:
     return ""
 
 
+def fits_add_rms_norm(x: Tensor, tables: StagingTables) -> bool:
+    """Whether `all_reduce_add_rms_norm` takes rows of this size and number."""
+    fits = 0 < x.nbytes <= tables.slot_bytes
+    return fits and tables.fits(len(x), _num_warps(x))
+
+
 def all_reduce_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, tables: StagingTables
 ) -> Tensor:
     """Sum `x` over ranks, add it to `residual` IN PLACE, return the norm of that, as one kernel.
 
-    `x.nbytes` is at most `slot_bytes` and the rows at most `state`; `fused_refusal` is empty.
+    `fits_add_rms_norm` holds and `fused_refusal` is empty.
     `x` is left alone. Otherwise as `one_shot_all_reduce`.
     """
-    assert x.nbytes <= tables.slot_bytes and len(x) <= tables.state.numel(), x.shape
+    assert fits_add_rms_norm(x, tables), x.shape
     out = torch.empty_like(x)
     fused_launch(x, residual, weight, out, eps, tables).run()
     return out
@@ -150,7 +156,7 @@ def fused_launch(
 ) -> Launch:
     """What `all_reduce_add_rms_norm` runs, or, without tables, `add_rms_norm`."""
     hidden_size = x.shape[1]
-    block = max(1 << (hidden_size - 1).bit_length(), _MIN_BLOCK)
+    block = _block(hidden_size)
     vector = vector_width(x, residual, weight, out)
     if tables is None:
         addresses: tuple[object, ...] = (None, None, None, eps, 0, 0, 0, 1)
@@ -166,7 +172,14 @@ def fused_launch(
             tables.world_size,
         )
     shape = (hidden_size, block, vector, word_type(x.dtype))
-    row_vectors = block * x.dtype.itemsize // 16
-    num_warps = min(max(row_vectors // 32, 1), _MAX_WARPS)
     arguments = (x, residual, weight, out, *addresses, *shape)
-    return Launch(tpcomm_all_reduce_add_rms_norm, arguments, len(x), num_warps)
+    return Launch(tpcomm_all_reduce_add_rms_norm, arguments, len(x), _num_warps(x))
+
+
+def _block(hidden_size: int) -> int:
+    return int(max(1 << (hidden_size - 1).bit_length(), _MIN_BLOCK))
+
+
+def _num_warps(x: Tensor) -> int:
+    row_vectors = _block(x.shape[1]) * x.dtype.itemsize // 16
+    return min(max(row_vectors // 32, 1), _MAX_WARPS)

@@ -19,6 +19,7 @@ from tpcomm.size_table import (
     TWO_SHOT,
 )
 from tpcomm.staging import Staging
+from tpcomm.staging_tables import CHUNK_BYTES, NUM_WARPS
 
 STAGED_WAYS = (
     (ALL_REDUCE, ONE_SHOT),
@@ -31,6 +32,7 @@ STAGED_WAYS = (
 def staged_ways(staging: Staging) -> list[CommPath]:
     """One path each, in the order of STAGED_WAYS."""
     device, limit, tables = staging.device, staging.limit_bytes, staging.tables
+    wave_bytes = tables.max_warps // NUM_WARPS * CHUNK_BYTES  # of a row, by all programs at once
 
     def gather_out(tensor: Tensor) -> Tensor:
         shape = (tables.world_size, *tensor.shape)
@@ -44,14 +46,14 @@ def staged_ways(staging: Staging) -> list[CommPath]:
             ONE_SHOT,
             device,
             staging.one_shot,
-            max_bytes=limit,
+            max_bytes=min(limit, wave_bytes),
             prepare=lambda tensor, op: one_shot_launch(tensor, op, tables).compile(),
         ),
         CommPath(
             TWO_SHOT,
             device,
             staging.two_shot,
-            max_bytes=limit,
+            max_bytes=min(limit, tables.world_size * wave_bytes),
             dtypes=FUSED_DTYPES,
             prepare=lambda tensor, op: two_shot_launch(tensor, op, tables).compile(),
         ),
@@ -60,7 +62,7 @@ def staged_ways(staging: Staging) -> list[CommPath]:
             device,
             lambda tensor: staging.all_gather(tensor, gather_out(tensor)),
             operation=ALL_GATHER,
-            max_bytes=limit // 2,
+            max_bytes=min(limit, wave_bytes) // 2,
             prepare=lambda tensor: gather_launch(tensor, gather_out(tensor), tables).compile(),
         ),
         CommPath(

@@ -16,19 +16,24 @@ import torch
 from torch import Tensor
 
 from tpcomm.allreduce_kernels import (
+    fits_one_shot,
+    fits_two_shot,
     one_shot_all_reduce,
-    one_shot_bytes,
     two_shot_all_reduce,
-    two_shot_bytes,
 )
 from tpcomm.communicator import ReduceOp
 from tpcomm.cuda_driver import CudaDriver
 from tpcomm.cuda_vmm import SharedAllocation, tensor_at
 from tpcomm.errors import CommError
 from tpcomm.fd_exchange import exchange_fds
-from tpcomm.gather_kernel import gather_bytes, small_all_gather
-from tpcomm.norm_kernel import all_reduce_add_rms_norm, fused_refusal
-from tpcomm.staging_tables import CHUNK_BYTES, make_tables, staging_size
+from tpcomm.gather_kernel import fits_gather, small_all_gather
+from tpcomm.norm_kernel import all_reduce_add_rms_norm, fits_add_rms_norm, fused_refusal
+from tpcomm.staging_tables import (
+    CHUNK_BYTES,
+    WARPS_PER_MULTIPROCESSOR,
+    make_tables,
+    staging_size,
+)
 from tpcomm.triton_language import require_triton
 
 _FREE = 0xFF  # every byte of a word that nothing was sent to
@@ -69,7 +74,7 @@ class Staging:
         self._peers: list[SharedAllocation] = []
         self._abort_stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._raised = torch.ones(1, dtype=torch.int32).pin_memory()
-        self.tables = make_tables(world_size, rank, self.limit_bytes, device)
+        self.tables = make_tables(world_size, rank, self.limit_bytes, device, _max_warps(device))
 
     def connect(self, name: str, timeout_s: float) -> None:
         """Exchange descriptors with the other ranks and map their buffers. Collective.
@@ -102,22 +107,21 @@ class Staging:
 
     def takes_one_shot(self, tensor: Tensor) -> bool:
         """Whether `one_shot` may be called with this tensor."""
-        return 0 < one_shot_bytes(tensor) <= self.limit_bytes
+        return fits_one_shot(tensor, self.tables)
 
     def takes_two_shot(self, tensor: Tensor) -> bool:
         """Whether `two_shot` may be called with this tensor."""
-        fits = two_shot_bytes(tensor, self._world_size) <= self.limit_bytes
-        return tensor.dtype.is_floating_point and tensor.numel() > 0 and fits
+        return fits_two_shot(tensor, self.tables)
 
     def takes_all_gather(self, tensor: Tensor) -> bool:
         """Whether `all_gather` may be called with this tensor."""
-        return 0 < gather_bytes(tensor) <= self.limit_bytes
+        return fits_gather(tensor, self.tables)
 
     def takes_add_rms_norm(self, tensor: Tensor, residual: Tensor, weight: Tensor) -> bool:
         """Whether `all_reduce_add_rms_norm` may be called with these tensors."""
-        if fused_refusal(tensor, residual, weight):
-            return False
-        return 0 < tensor.nbytes <= self.limit_bytes and len(tensor) <= self.tables.state.numel()
+        return not fused_refusal(tensor, residual, weight) and fits_add_rms_norm(
+            tensor, self.tables
+        )
 
     def one_shot(self, tensor: Tensor, op: ReduceOp) -> Tensor:
         """Combine IN PLACE on the current stream."""
@@ -174,6 +178,14 @@ def host_identity() -> int:
     namespace = os.stat("/proc/self/ns/net").st_ino
     digest = hashlib.sha256(f"{boot}:{namespace}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _max_warps(device: torch.device) -> int:
+    """Of one call; interpreted programs run one after another, whatever their number."""
+    if device.type != "cuda":
+        return 1 << 30
+    properties = torch.cuda.get_device_properties(device)
+    return int(WARPS_PER_MULTIPROCESSOR * properties.multi_processor_count)
 
 
 def _round_up(value: int, multiple: int) -> int:

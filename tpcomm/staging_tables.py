@@ -20,6 +20,10 @@ be wiped. Program p of P reads entry p, and all programs together write all entr
 P on are read by nobody meanwhile. Nothing on the host changes from call to call, so a replayed
 graph goes on by itself, and calls of any kind and size may follow each other.
 
+**Not too many at once.** All programs of a call poll. On two H100, 2,048 programs of 4 warps,
+which all fit the device, now and then never saw their data arrive; 1,024 always did. So a call has
+at most half of the warps that a multiprocessor holds, and larger messages go another way.
+
 Layout of a rank's staging memory: 3 buffers of `world_size` rows of `slot_bytes`; row r holds
 what rank r sent.
 """
@@ -35,6 +39,7 @@ NUM_BUFFERS = 3
 CHUNK_BYTES = 2048  # of a row, which one program of an all-reduce sends to each peer
 NUM_WARPS = 4  # per chunk: each thread moves one vector
 VECTOR_BYTES = 16
+WARPS_PER_MULTIPROCESSOR = 32  # that may poll; it holds 64
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class StagingTables:
 
     bases: int64 [world_size], where this process has mapped each rank's staging memory.
     state: int64 [num_states], all alike between calls; as many programs may run in a call.
+    max_warps: as many warps may run in a call, on all of the device together.
     abort_word: int32 [1], not zero to make every wait give up.
     """
 
@@ -51,6 +57,11 @@ class StagingTables:
     abort_word: Tensor
     rank: int
     slot_bytes: int
+    max_warps: int
+
+    def fits(self, num_programs: int, num_warps: int) -> bool:
+        """Whether a call of so many programs, of so many warps each, may run."""
+        return num_programs <= self.state.numel() and num_programs * num_warps <= self.max_warps
 
     @property
     def world_size(self) -> int:
@@ -62,7 +73,13 @@ def staging_size(world_size: int, slot_bytes: int) -> int:
     return NUM_BUFFERS * world_size * slot_bytes
 
 
-def make_tables(world_size: int, rank: int, slot_bytes: int, device: torch.device) -> StagingTables:
+def make_tables(
+    world_size: int,
+    rank: int,
+    slot_bytes: int,
+    device: torch.device,
+    max_warps: int = 1 << 30,
+) -> StagingTables:
     """Tables whose `bases` are still to be filled in; `slot_bytes` is whole chunks."""
     assert slot_bytes > 0 and slot_bytes % CHUNK_BYTES == 0, slot_bytes
     return StagingTables(
@@ -71,6 +88,7 @@ def make_tables(world_size: int, rank: int, slot_bytes: int, device: torch.devic
         abort_word=torch.zeros(1, dtype=torch.int32, device=device),
         rank=rank,
         slot_bytes=slot_bytes,
+        max_warps=max_warps,
     )
 
 

@@ -15,6 +15,7 @@ from tpcomm.nccl import NcclCommunicator
 from tpcomm.size_table import Route, SizeTable
 from tpcomm.staged import StagedCommunicator
 from tpcomm.staged_ways import STAGED_WAYS
+from tpcomm.staging_tables import CHUNK_BYTES, make_tables
 
 CPU = torch.device("cpu")
 TABLE = SizeTable(
@@ -36,7 +37,7 @@ class FakeStaging:
     """Takes messages of up to 64 bytes and notes what was done to it."""
 
     device = CPU
-    tables = None
+    tables = make_tables(2, 0, CHUNK_BYTES, CPU)
 
     def __init__(self, events: list[str], connect_error: str) -> None:
         self.limit_bytes = 64
