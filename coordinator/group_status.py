@@ -54,6 +54,7 @@ class GroupStatus:
     def epoch_began(self, epoch: int) -> None:
         """A start of the group begins."""
         self._epoch = epoch
+        self._metrics.epoch = epoch
         self._set_cause(self._starting("starting"))
 
     def phase_began(self, phase: str) -> None:
@@ -69,6 +70,8 @@ class GroupStatus:
         """The group can answer."""
         self._group, self._batch, self._watch = group, batch, watch
         self._last_problem = ""
+        self._metrics.kv_cache_blocks = group.num_blocks
+        self._metrics.block_size = self._config.block_size
         self._set_ranks_up(True)
         self._set_cause("")
         _LOG.info(

@@ -47,6 +47,7 @@ class ExecuteStream:
         self._last_step = 0
         self._current = (0, 0)
         self._idle = IdleClock()
+        self._comm_before: float | None = None
         self.last_error = ""
 
     @property
@@ -104,7 +105,8 @@ class ExecuteStream:
         took = pending.wait()
         self._idle.step_ended(pending.arrived, took.ended)
         self._last_step = pending.step
-        self._metrics.observe_step(took.seconds)
+        queued_s = max(0.0, took.ended - took.seconds - pending.arrived)
+        self._metrics.observe_step(took.seconds, queued_s, self._comm_since_last_step())
         self._metrics.set_all_reduces(self._executor.num_all_reduces)
         if self._rank.rank == 0:
             self._send_result(pending, took)
@@ -152,6 +154,12 @@ class ExecuteStream:
 
     def _send(self, report: worker_pb2.ExecuteResponse) -> None:
         self._loop.call_soon_threadsafe(self._reports.put_nowait, report)
+
+    def _comm_since_last_step(self) -> float | None:
+        """Time in collectives; None where it is not measured, and for the first step."""
+        now, before = self._executor.comm_seconds, self._comm_before
+        self._comm_before = now
+        return None if now is None or before is None else max(0.0, now - before)
 
     def _comm_micros(self) -> int:
         seconds = self._executor.comm_seconds

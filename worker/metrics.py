@@ -28,7 +28,7 @@ class WorkerMetrics:
         labels = ["model_name", "rank"]
         self._step = Histogram(
             "lockstep_step_seconds",
-            "Time of a step on the device.",
+            "Time of a step: queued, on the device, and of that in collectives.",
             [*labels, "phase"],
             buckets=_STEP_BUCKETS_S,
             registry=registry,
@@ -45,6 +45,12 @@ class WorkerMetrics:
         self._all_reduces = Gauge(
             "lockstep_all_reduces", "All-reduces run in this epoch.", labels, registry=registry
         )
+        self._paths = Gauge(
+            "lockstep_comm_path_usable",
+            "1 if the path's sums were right at the last start.",
+            [*labels, "path"],
+            registry=registry,
+        )
         self._labels = {"model_name": model_name, "rank": "0"}
         self._server: WSGIServer
         self._thread: threading.Thread
@@ -57,7 +63,7 @@ class WorkerMetrics:
 
     def set_rank(self, rank: int) -> None:
         """Labels everything from now on with this rank."""
-        for metric in (self._step, self._memory, self._phase, self._all_reduces):
+        for metric in (self._step, self._memory, self._phase, self._all_reduces, self._paths):
             metric.clear()
         self._labels = {**self._labels, "rank": str(rank)}
 
@@ -70,9 +76,20 @@ class WorkerMetrics:
         for kind, num_bytes in by_kind.items():
             self._memory.labels(**self._labels, kind=kind).set(num_bytes)
 
-    def observe_step(self, seconds: float) -> None:
-        """Counts a step."""
-        self._step.labels(**self._labels, phase="device").observe(seconds)
+    def set_paths(self, usable: Mapping[str, bool]) -> None:
+        """Shows which communication paths the group has, by name."""
+        self._paths.clear()
+        for path, is_usable in usable.items():
+            self._paths.labels(**self._labels, path=path).set(is_usable)
+
+    def observe_step(
+        self, device_s: float, queued_s: float = 0.0, comm_s: float | None = None
+    ) -> None:
+        """Counts a step; `comm_s`, its time in collectives, is None where it is not measured."""
+        phases = {"device": device_s, "queued": queued_s, "comm": comm_s}
+        for phase, seconds in phases.items():
+            if seconds is not None:
+                self._step.labels(**self._labels, phase=phase).observe(seconds)
 
     def set_all_reduces(self, count: int) -> None:
         """Shows the all-reduces of this epoch."""

@@ -97,6 +97,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         paths = await self._phase(
             request.epoch, context, self._rank.preflight, request.timeout_seconds
         )
+        self._metrics.set_paths({path.path: path.is_usable for path in paths})
         return worker_pb2.PreflightResponse(paths=paths)
 
     async def Capture(

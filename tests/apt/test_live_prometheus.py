@@ -141,11 +141,12 @@ def test_every_query_finds_data_in_a_system_under_load_and_no_alert_fires(
         assert prometheus.has_fired() == set()
         assert prometheus.log_text() == ""
         for address in (real.metrics, fake.metrics, *metrics_ports(real), *metrics_ports(fake)):
-            check_metrics(address)
+            check_metrics(f"{address}/metrics")
+        check_metrics(f"{real.metrics}/metrics/vllm")
 
 
 def check_metrics(address: str) -> None:
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://{address}", timeout=10) as response:
         text = response.read()
     checked = subprocess.run(
         ["promtool", "check", "metrics"], input=text, capture_output=True, timeout=60, check=False

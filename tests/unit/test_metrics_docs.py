@@ -52,6 +52,7 @@ def test_every_metric_of_the_coordinator_is_documented_and_no_other() -> None:
     )
     for counted in (metrics.request_success, metrics.requests_failed, metrics.requests_rejected):
         counted["any"] += 1
+    metrics.observe_broadcast(0, 0.001)
     with MetricsServer(metrics, "127.0.0.1", 0) as server:
         assert served(server.port) == documented(_PAGE.read_text(), "Coordinator")
 
@@ -64,6 +65,7 @@ def worker_table() -> Iterator[Table]:
         metrics.set_memory({"kv": 1})
         metrics.observe_step(0.001)
         metrics.set_all_reduces(3)
+        metrics.set_paths({"shm": True})
         yield served(metrics.port)
 
 
