@@ -47,6 +47,7 @@ def _log_size(text: str) -> int:
 
 
 _TIMEOUT = float_between(0.1, 86400.0)
+_PAUSE = float_between(0.0, 3600.0)
 
 FLAGS = (
     Flag("model", _path, None, "checkpoint folder"),
@@ -66,6 +67,7 @@ FLAGS = (
     Flag("step-timeout", _TIMEOUT, 30.0, "seconds after which a silent rank is lost"),
     Flag("startup-timeout", _TIMEOUT, 600.0, "seconds for the ranks to come up"),
     Flag("drain-seconds", float_between(0.0, 86400.0), 30.0, "seconds requests get on SIGTERM"),
+    Flag("withdrawal-seconds", _PAUSE, 0.0, "seconds on SIGTERM in which requests are still taken"),
     Flag("host", str, "127.0.0.1", "address to serve on"),
     Flag("port", tcp_port, 50051, "gRPC port; 0: any"),
     Flag("metrics-host", str, "127.0.0.1", "address to serve metrics on"),
@@ -102,6 +104,7 @@ class CoordinatorConfig:
     step_timeout: float = 30.0
     startup_timeout: float = 600.0
     drain_seconds: float = 30.0
+    withdrawal_seconds: float = 0.0
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_host: str = "127.0.0.1"

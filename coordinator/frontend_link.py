@@ -99,10 +99,11 @@ class FrontendProcess:
         if not self.is_draining or return_code != 0:
             raise FrontendLost(self.link.index, return_code)
 
-    def drain(self, budget_s: float) -> None:
-        """Tells it to refuse new calls and end with its last stream."""
+    def drain(self, pause_s: float, budget_s: float) -> None:
+        """Tells it to refuse new calls after a pause, and to end with its last stream."""
         self.is_draining = True
-        self.link.send(engine_pb2.EngineMessage(drain=engine_pb2.Drain(budget_seconds=budget_s)))
+        drain = engine_pb2.Drain(budget_seconds=budget_s, pause_seconds=pause_s)
+        self.link.send(engine_pb2.EngineMessage(drain=drain))
 
     async def kill(self) -> None:
         """Ends it now."""

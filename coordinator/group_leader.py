@@ -183,9 +183,11 @@ class GroupLeader:
         answers = await quiesce(self._workers, epoch)
         root = find_root(lost, answers)
         self._metrics.rank_losses[root.rank] += 1
+        self._status.rank_failed(root.rank, root.problem)
         for rank, answer in enumerate(answers):
             if answer is not None and answer.last_error:
                 _LOG.error("rank %d, step %d: %s", rank, answer.last_step, answer.last_error)
+                self._status.rank_failed(rank, answer.last_error)
         self._status.lost(str(root))
         if self._log is not None:
             self._log.end_epoch(str(root))

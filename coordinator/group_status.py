@@ -1,6 +1,7 @@
 """How the group stands, for health, the info calls, the metrics and the log."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -9,6 +10,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.metrics import EngineMetrics
 from coordinator.progress_watch import ProgressWatch
 from coordinator.startup import Group
+from lockstep.daemon.process_identity import boot_id, start_ticks
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import engine_pb2, generate_pb2
 
@@ -27,6 +29,9 @@ class GroupStatus:
         self._epoch = 0
         self._cause = "starting"
         self._last_problem = ""
+        self._last_loss = ""
+        self._rank_errors: dict[int, str] = {}
+        self._identity = (os.getpid(), start_ticks(os.getpid()), boot_id())
         self._group: Group | None = None
         self._batch: Batch | None = None
         self._watch: ProgressWatch | None = None
@@ -88,12 +93,17 @@ class GroupStatus:
         self._set_ranks_up(False)
         if problem != self._cause:
             _LOG.error("not ready: %s", problem)
-        self._last_problem = problem
+        self._last_problem = self._last_loss = problem
         self._set_cause(problem)
+
+    def rank_failed(self, rank: int, error: str) -> None:
+        """What a rank said last, or what was seen of it; kept until it says something else."""
+        self._rank_errors[rank] = error
 
     def message(self) -> engine_pb2.EngineMessage:
         """The state as frontends get it."""
         group, batch = self._group, self._batch
+        pid, pid_start_ticks, host_boot_id = self._identity
         server = generate_pb2.GetServerInfoResponse(
             version=__version__,
             is_ready=self.is_ready,
@@ -104,6 +114,12 @@ class GroupStatus:
             block_count=group.num_blocks if group else 0,
             block_size=self._config.block_size,
             max_num_seqs=self._config.max_num_seqs,
+            kv_cache_usage=batch.kv_usage if batch else 0.0,
+            cause=self._cause,
+            last_loss=self._last_loss,
+            pid=pid,
+            pid_start_ticks=pid_start_ticks,
+            boot_id=host_boot_id,
         )
         state = engine_pb2.GroupState(
             is_ready=self.is_ready,
@@ -118,7 +134,9 @@ class GroupStatus:
         group, watch = self._group, self._watch
         if group is None or watch is None:
             return [
-                generate_pb2.RankInfo(rank=rank, address=address)
+                generate_pb2.RankInfo(
+                    rank=rank, address=address, last_error=self._rank_errors.get(rank, "")
+                )
                 for rank, address in enumerate(self._config.workers)
             ]
         return [
@@ -133,6 +151,10 @@ class GroupStatus:
                 parameter_count=group.loads[rank].parameter_count,
                 bytes_read=group.loads[rank].bytes_read,
                 all_reduce_count=watch.num_all_reduces[rank],
+                version=group.hellos[rank].version,
+                host=group.hellos[rank].host,
+                memory_bytes=group.memory_bytes[rank],
+                last_error=self._rank_errors.get(rank, ""),
             )
             for rank, address in enumerate(self._config.workers)
         ]

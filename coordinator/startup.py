@@ -7,7 +7,7 @@ on all ranks at once, every rank's answer is kept, and answers that must agree a
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,7 +41,10 @@ class PhaseObserver(Protocol):
 
 @dataclass(frozen=True)
 class Group:
-    """A group that can answer. Lists are by rank; `num_blocks` counts the dummy."""
+    """A group that can answer. Lists are by rank; `num_blocks` counts the dummy.
+
+    `memory_bytes` is what each rank's device holds, by kind.
+    """
 
     epoch: int
     hellos: Sequence[worker_pb2.HelloResponse]
@@ -50,6 +53,7 @@ class Group:
     max_model_len: int
     vocab_size: int
     engine_config: worker_pb2.EngineConfig
+    memory_bytes: Sequence[Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -118,14 +122,25 @@ class Startup:
         agreed("padded_sizes", [tuple(capture.padded_sizes) for capture in captures])
         num_blocks = self._num_blocks(captures)
         max_model_len = served_max_model_len(self._config, self._model, num_blocks)
-        await self._phase(
+        caches = await self._phase(
             "init_kv_cache",
             "InitKvCache",
             worker_pb2.InitKvCacheRequest(epoch=self._epoch, block_count=num_blocks),
             worker_pb2.InitKvCacheResponse,
         )
+        memory = [
+            {**capture.memory_bytes, "kv": cache.kv_cache_bytes}
+            for capture, cache in zip(captures, caches, strict=True)
+        ]
         return Group(
-            self._epoch, hellos, loads, num_blocks, max_model_len, vocab_size, engine_config
+            self._epoch,
+            hellos,
+            loads,
+            num_blocks,
+            max_model_len,
+            vocab_size,
+            engine_config,
+            memory,
         )
 
     async def _hello_all(self) -> list[worker_pb2.HelloResponse]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lockstep.bundle import Sources, collect
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.errors import LockstepError
 from lockstep.findings import Finding, Status, host_findings, package_findings
+from lockstep.generate import add_address_flag
 from lockstep.gpu_findings import gpu_findings, nccl_findings, torch_findings, use_findings
 from lockstep.hub import resolve_model
 from lockstep.probes import NCCL, SHARDS, TORCH, run_probe
+
+_SETTINGS = Path("/etc/lockstep/lockstep.env")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
         print(render(findings))
         if shards is not None and "ranks" in shards:
             print(render_shards(shards))
+    if options.bundle is not None and not _write_bundle(options, render(findings)):
+        return ExitCode.CONFIG
     is_blocked = any(found.status is Status.MISSING for found in findings)
     return ExitCode.CONFIG if is_blocked else ExitCode.CLEAN
 
@@ -56,7 +63,35 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tp", type=_positive, default=1, help="ranks to split it over (1)")
     parser.add_argument("--nccl-path", default="", help="libnccl.so.2 to look at instead")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    bundle = parser.add_argument_group(
+        "bundle", "what is needed to find out what is wrong, without secrets, as one .tar.gz"
+    )
+    bundle.add_argument("--bundle", type=Path, metavar="FILE", help="write it here")
+    add_address_flag(bundle)
+    more = {"action": "append", "default": []}
+    text = "metrics to include, of a daemon at other than its default port; repeatable"
+    bundle.add_argument("--metrics", metavar="HOST:PORT", help=text, **more)
+    text = "log to include the end of; repeatable. The journal of lockstep-* always is"
+    bundle.add_argument("--log", type=Path, metavar="FILE", help=text, **more)
+    text = f"file of settings to include; repeatable (default: {_SETTINGS} if it is there)"
+    bundle.add_argument("--settings", type=Path, metavar="FILE", help=text, **more)
     return parser.parse_args(argv)
+
+
+def _write_bundle(options: argparse.Namespace, report: str) -> bool:
+    """Writes the archive and says what is not in it; False if it cannot be written."""
+    settings = options.settings or ([_SETTINGS] if _SETTINGS.exists() else [])
+    sources = Sources(options.address, options.metrics, options.log, settings)
+    bundle = collect(sources, report, os.environ)
+    try:
+        bundle.write(options.bundle)
+    except OSError as error:
+        print(f"lockstep doctor: --bundle {options.bundle}: {error.strerror}", file=sys.stderr)
+        return False
+    for note in bundle.notes:
+        print(f"not in the bundle: {note}", file=sys.stderr)
+    print(f"bundle: {options.bundle}, {len(bundle.files)} files", file=sys.stderr)
+    return True
 
 
 def _positive(text: str) -> int:

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def add_address_flag(parser: argparse.ArgumentParser) -> None:
+def add_address_flag(parser: argparse._ActionsContainer) -> None:
     """Adds --address."""
     text = f"host:port of the server (default: {_DEFAULT_ADDRESS})"
     parser.add_argument("--address", default=_DEFAULT_ADDRESS, metavar="HOST:PORT", help=text)

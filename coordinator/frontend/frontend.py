@@ -19,6 +19,7 @@ from coordinator.frontend.health import HealthService
 from coordinator.frontend.request_preparer import RequestPreparer
 from coordinator.frontend.server import bind, build_server
 from coordinator.frontend.slow_clients import SlowClientWatch
+from protos.lockstep.v1 import engine_pb2
 
 # For the last messages of streams that have just been ended to reach their clients.
 _FLUSH_SECONDS = 1.0
@@ -45,7 +46,8 @@ class Frontend:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        self._drain_budget: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._told_to_drain: asyncio.Future[engine_pb2.Drain] = loop.create_future()
         self._health = HealthService()
         self._availability = Availability(self._health)
         self._link = EngineLink(
@@ -70,10 +72,10 @@ class Frontend:
         linked = asyncio.create_task(self._link.run())
         watching = asyncio.create_task(self._slow_clients.run())
         try:
-            ends: set[asyncio.Future[Any]] = {linked, self._drain_budget}
+            ends: set[asyncio.Future[Any]] = {linked, self._told_to_drain}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if not linked.done():
-                await self._drain(linked, self._drain_budget.result())
+                await self._drain(linked, self._told_to_drain.result())
             return _ending_of(linked)
         finally:
             linked.cancel()
@@ -81,13 +83,20 @@ class Frontend:
             await asyncio.gather(linked, watching, return_exceptions=True)
             await self._stop_serving()
 
-    def _on_drain(self, budget_s: float) -> None:
+    def _on_drain(self, drain: engine_pb2.Drain) -> None:
         """Readiness goes off before anything else, while the message is being handled."""
-        self._availability.start_draining()
-        if not self._drain_budget.done():
-            self._drain_budget.set_result(budget_s)
+        if drain.pause_seconds > 0:
+            self._availability.withdraw()
+        else:
+            self._availability.start_draining()
+        if not self._told_to_drain.done():
+            self._told_to_drain.set_result(drain)
 
-    async def _drain(self, linked: asyncio.Task[None], budget_s: float) -> None:
+    async def _drain(self, linked: asyncio.Task[None], drain: engine_pb2.Drain) -> None:
+        if drain.pause_seconds > 0:
+            await asyncio.wait({linked}, timeout=drain.pause_seconds)
+            self._availability.start_draining()
+        budget_s = drain.budget_seconds
         _log.info("draining: %d requests, at most %g s", self._link.num_streams, budget_s)
         idle = asyncio.create_task(self._service.wait_until_idle())
         await asyncio.wait({linked, idle}, timeout=budget_s, return_when=asyncio.FIRST_COMPLETED)
