@@ -46,6 +46,14 @@ def _log_size(text: str) -> int:
     return size
 
 
+def otlp_endpoint(text: str) -> str:
+    """Parses the URL of an OTLP collector that speaks gRPC, or nothing."""
+    scheme, _, rest = text.partition("://")
+    if text and (scheme not in ("http", "https") or not rest.rpartition(":")[2].isdigit()):
+        raise ValueError("want http://host:port, or https://host:port for TLS")
+    return text
+
+
 _TIMEOUT = float_between(0.1, 86400.0)
 _PAUSE = float_between(0.0, 3600.0)
 
@@ -78,6 +86,7 @@ FLAGS = (
     Flag("step-log-bytes", _log_size, 256 << 20, "most bytes of the step log's files together"),
     Flag("num-frontends", positive_int, 1, "processes that serve the public API"),
     Flag("slow-client-seconds", _TIMEOUT, 30.0, "seconds that unread output is kept"),
+    Flag("otlp-endpoint", otlp_endpoint, "", "collector of traces, http://host:4317; off if empty"),
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
     Flag("ready-file", str, "", "file to write once requests can be answered"),
 )
@@ -105,6 +114,7 @@ class CoordinatorConfig:
     startup_timeout: float = 600.0
     drain_seconds: float = 30.0
     withdrawal_seconds: float = 0.0
+    otlp_endpoint: str = ""
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_host: str = "127.0.0.1"

@@ -137,7 +137,7 @@ async def start_frontend(
 
 def frontend_command(config: CoordinatorConfig, engine_fd: int, port: int) -> Sequence[str]:
     """The command line of a frontend that is to serve on `port`."""
-    flags = {
+    flags: dict[str, object] = {
         "engine-fd": engine_fd,
         "engine-pid": os.getpid(),
         "model": config.model,
@@ -149,5 +149,7 @@ def frontend_command(config: CoordinatorConfig, engine_fd: int, port: int) -> Se
         "slow-client-seconds": config.slow_client_seconds,
         "log-format": config.log_format,
     }
+    if config.otlp_endpoint:
+        flags["otlp-endpoint"] = config.otlp_endpoint
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "coordinator.frontend", *words]

@@ -179,16 +179,19 @@ class GroupLeader:
 
     async def _end_epoch(self, epoch: int, lost: RankLost) -> str:
         """Does what docs/protocol.md says under "When a rank is lost"; returns what was lost."""
-        self._status.lost(str(lost))
+        self._status.lost(str(lost), lost.rank, lost.step)
         answers = await quiesce(self._workers, epoch)
         root = find_root(lost, answers)
         self._metrics.rank_losses[root.rank] += 1
         self._status.rank_failed(root.rank, root.problem)
         for rank, answer in enumerate(answers):
             if answer is not None and answer.last_error:
-                _LOG.error("rank %d, step %d: %s", rank, answer.last_step, answer.last_error)
+                fields = {"rank": rank, "epoch": epoch, "step": answer.last_step}
+                _LOG.error(
+                    "rank %d, step %d: %s", rank, answer.last_step, answer.last_error, extra=fields
+                )
                 self._status.rank_failed(rank, answer.last_error)
-        self._status.lost(str(root))
+        self._status.lost(str(root), root.rank, root.step)
         if self._log is not None:
             self._log.end_epoch(str(root))
         self._book.close(f"restarting after: {root}", str(root))

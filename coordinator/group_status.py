@@ -68,7 +68,7 @@ class GroupStatus:
 
     def phase_ended(self, phase: str, seconds: float) -> None:
         """A start-up phase took that long."""
-        _LOG.info("phase %s took %.2f s", phase, seconds)
+        _LOG.info("phase %s took %.2f s", phase, seconds, extra={"epoch": self._epoch})
         self._metrics.startup_seconds[phase] = seconds
 
     def ready(self, group: Group, batch: Batch, watch: ProgressWatch) -> None:
@@ -85,14 +85,19 @@ class GroupStatus:
             group.num_blocks,
             self._config.block_size,
             group.max_model_len,
+            extra={"epoch": self._epoch},
         )
 
-    def lost(self, problem: str) -> None:
-        """The group cannot answer any more; said again when the root of it is known."""
+    def lost(self, problem: str, rank: int, step: int) -> None:
+        """The group cannot answer any more; said again when the root of it is known.
+
+        `rank` and `step` are where it failed, for the log.
+        """
         self._group, self._batch, self._watch = None, None, None
         self._set_ranks_up(False)
         if problem != self._cause:
-            _LOG.error("not ready: %s", problem)
+            fields = {"rank": rank, "epoch": self._epoch, "step": step}
+            _LOG.error("not ready: %s", problem, extra=fields)
         self._last_problem = self._last_loss = problem
         self._set_cause(problem)
 

@@ -45,7 +45,7 @@ class ExecuteStream:
         self._reports: asyncio.Queue[worker_pb2.ExecuteResponse] = asyncio.Queue()
         self._last_progress = 0.0
         self._last_step = 0
-        self._current = (0, 0)
+        self._current, self._epoch = (0, 0), 0
         self._idle = IdleClock()
         self._comm_before: float | None = None
         self.last_error = ""
@@ -79,7 +79,8 @@ class ExecuteStream:
             return
         command_id, step = self._current
         self.last_error = message
-        _LOG.error("command %d, step %d: %s", command_id, step, message)
+        fields = {"rank": self._rank.rank, "epoch": self._epoch, "step": step or self._last_step}
+        _LOG.error("command %d, step %d: %s", command_id, step, message, extra=fields)
         failure = worker_pb2.RankFailure(
             command_id=command_id, step=step, is_refusal=is_refusal, message=message
         )
@@ -89,7 +90,7 @@ class ExecuteStream:
         """On the device thread. After a failure nothing runs any more."""
         if self.last_error:
             return
-        self._current = (command.command_id, 0)
+        self._current, self._epoch = (command.command_id, 0), command.epoch
         try:
             for pending in self._executor.execute(command, arrived):
                 self._results_thread.submit(self._finish, pending).add_done_callback(self._check)

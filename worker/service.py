@@ -203,7 +203,13 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             self._is_in_phase = False
         error = ran.exception()
         if error is not None:
-            _LOG.error("%s failed", call.__name__, exc_info=None if _is_foreseen(error) else error)
+            _LOG.error(
+                "%s failed: %s",
+                call.__name__,
+                _describe(error),
+                exc_info=None if _is_foreseen(error) else error,
+                extra={"rank": self._rank.rank, "epoch": epoch},
+            )
             self._fail(f"{call.__name__}: {_describe(error)}")
             await context.abort(_status(error), f"{call.__name__}: {_describe(error)}")
         result = ran.result()

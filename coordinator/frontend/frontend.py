@@ -1,6 +1,7 @@
 """The life of a frontend process: load, bind, serve, and the three ways it ends."""
 
 import asyncio
+import contextlib
 import enum
 import gc
 import logging
@@ -19,6 +20,7 @@ from coordinator.frontend.health import HealthService
 from coordinator.frontend.request_preparer import RequestPreparer
 from coordinator.frontend.server import bind, build_server
 from coordinator.frontend.slow_clients import SlowClientWatch
+from coordinator.frontend.tracing import Tracer, make_tracer
 from protos.lockstep.v1 import engine_pb2
 
 # For the last messages of streams that have just been ended to reach their clients.
@@ -36,7 +38,10 @@ class Ending(enum.Enum):
 
 
 class Frontend:
-    """One frontend over one socket to the engine. Made and run on one event loop."""
+    """One frontend over one socket to the engine. Made and run on one event loop.
+
+    Whoever made `tracer` closes it.
+    """
 
     def __init__(
         self,
@@ -45,6 +50,7 @@ class Frontend:
         executor: ThreadPoolExecutor,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        tracer: Tracer | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._told_to_drain: asyncio.Future[engine_pb2.Drain] = loop.create_future()
@@ -61,6 +67,7 @@ class Frontend:
             preparer,
             text.model_response(config.served_model_name),
             self._slow_clients,
+            tracer,
         )
         self._server = build_server(self._service.handler(), self._health, config.num_frontends)
         self.port = bind(self._server, config.host, config.port, config.num_frontends)
@@ -125,14 +132,21 @@ def _ending_of(linked: asyncio.Task[None]) -> Ending:
 
 
 async def run_frontend(config: FrontendConfig, engine_socket: socket.socket) -> Ending:
-    """Runs a frontend on `engine_socket`. Raises BadCheckpoint, AddressUnavailable."""
+    """Runs a frontend on `engine_socket`.
+
+    Raises BadCheckpoint, AddressUnavailable, TracingUnavailable.
+    """
     started = time.monotonic()
+    tracer = make_tracer(config.otlp_endpoint, config.served_model_name)
     text = CheckpointText.load(config.model)
     gc.collect()
     gc.freeze()  # what lives as long as the process need not be looked at again
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as executor:
+    with (
+        contextlib.closing(tracer) if tracer is not None else contextlib.nullcontext(),
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as executor,
+    ):
         reader, writer = await asyncio.open_unix_connection(sock=engine_socket)
-        frontend = Frontend(config, text, executor, reader, writer)
+        frontend = Frontend(config, text, executor, reader, writer, tracer)
         _log.info(
             "listening on %s:%d after %.1f s",
             config.host,

@@ -58,6 +58,26 @@ def simulated(model_dir: Path, folder: Path, *flags: str) -> Iterator[ServedGrou
         yield group
 
 
+def test_json_logs_name_request_rank_epoch_and_step_of_a_loss(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    with simulated(model_dir, tmp_path / "group", "--log-format", "json") as group:
+        with running_streams(group.address, 2, max_tokens=5000) as streams:
+            with group.client() as client:
+                server = client.server_info()
+            workers = {each.pid: each for each in group.members()}
+            workers[server.ranks[1].pid].kill()
+            assert all(end.error for end in streams.ends(_LIMIT_S))
+        lines = [line for line in group.log_text().splitlines() if line.startswith("{")]
+    found = [json.loads(line) for line in lines]
+    lost = [each for each in found if each["message"].startswith("not ready: rank 1")]
+    assert lost and all(each["rank"] == 1 and each["step"] > 0 for each in lost)
+    assert {each["epoch"] for each in lost} == {server.epoch}
+    failed = [each for each in found if each["message"].startswith("request ")]
+    assert len({each["request_id"] for each in failed}) == 2
+    assert all(each["epoch"] == server.epoch for each in failed)
+
+
 def test_status_tells_of_ranks_before_and_after_a_loss(model_dir: Path, tmp_path: Path) -> None:
     with simulated(model_dir, tmp_path / "group") as group:
         shown = run_command("status", "--address", group.address)
