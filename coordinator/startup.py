@@ -214,7 +214,9 @@ class Startup:
         made = await self._call_rank(
             self._workers[0],
             "CreateGroupId",
-            worker_pb2.CreateGroupIdRequest(epoch=self._epoch),
+            worker_pb2.CreateGroupIdRequest(
+                epoch=self._epoch, host=host_of(self._workers[0].address)
+            ),
             worker_pb2.CreateGroupIdResponse,
         )
         request = worker_pb2.JoinRequest(
@@ -277,6 +279,11 @@ class Startup:
 
     def _remaining(self) -> float:
         return self._deadline - time.monotonic()
+
+
+def host_of(address: str) -> str:
+    """Of host:port; without the brackets of an IPv6 address."""
+    return address.rpartition(":")[0].removeprefix("[").removesuffix("]")
 
 
 async def gather_ranks(calls: Sequence[Any]) -> list[Any]:

@@ -80,7 +80,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def CreateGroupId(
         self, request: worker_pb2.CreateGroupIdRequest, context: Context
     ) -> worker_pb2.CreateGroupIdResponse:
-        group_id = await self._phase(request.epoch, context, self._rank.create_group_id)
+        group_id = await self._phase(
+            request.epoch, context, self._rank.create_group_id, request.host
+        )
         return worker_pb2.CreateGroupIdResponse(group_id=group_id)
 
     async def Join(
