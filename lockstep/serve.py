@@ -58,7 +58,7 @@ COORDINATOR_FLAGS = (
     Flag("step-log-bytes", str, None, "most bytes of the step log's files (default: 268435456)"),
     Flag("num-frontends", str, None, "processes that serve the public API (default: 1)"),
     Flag("slow-client-seconds", str, None, "seconds that unread output is kept (default: 30)"),
-    Flag("otlp-endpoint", str, None, "collector of traces, http://host:4317 (default: off)"),
+    Flag("otlp-endpoint", str, None, "collector of traces, http://host:4317; off if empty"),
     Flag("host", str, None, "address to serve on (default: 127.0.0.1)"),
 )
 OWN_FLAGS = (
