@@ -307,6 +307,7 @@ def _by_path(registry: CollectorRegistry, views: Mapping[str, Collector]) -> WSG
         apps[path] = make_wsgi_app(view)
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        return apps.get(environ["PATH_INFO"], whole)(environ, start_response)
+        answer: Iterable[bytes] = apps.get(environ["PATH_INFO"], whole)(environ, start_response)
+        return answer
 
     return app

@@ -68,14 +68,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     bundle.add_argument("--bundle", type=Path, metavar="FILE", help="write it here")
     add_address_flag(bundle)
-    more = {"action": "append", "default": []}
     text = "metrics to include, of a daemon at other than its default port; repeatable"
-    bundle.add_argument("--metrics", metavar="HOST:PORT", help=text, **more)
+    bundle.add_argument("--metrics", action="append", default=[], metavar="HOST:PORT", help=text)
     text = "log to include the end of; repeatable. The journal of lockstep-* always is"
-    bundle.add_argument("--log", type=Path, metavar="FILE", help=text, **more)
+    _add_paths(bundle, "--log", text)
     text = f"file of settings to include; repeatable (default: {_SETTINGS} if it is there)"
-    bundle.add_argument("--settings", type=Path, metavar="FILE", help=text, **more)
+    _add_paths(bundle, "--settings", text)
     return parser.parse_args(argv)
+
+
+def _add_paths(group: argparse._ArgumentGroup, name: str, text: str) -> None:
+    group.add_argument(name, action="append", default=[], type=Path, metavar="FILE", help=text)
 
 
 def _write_bundle(options: argparse.Namespace, report: str) -> bool:
