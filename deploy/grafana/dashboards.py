@@ -175,6 +175,18 @@ RANKS = (
         "Where the communicator measures it.",
     ),
     Panel(
+        "Mean all-reduce",
+        "s",
+        [
+            (
+                f"{rate('step_seconds_sum', 'instance, rank', _COMM)}"
+                f" / {rate('all_reduces', 'instance, rank')}",
+                "{{instance}} rank {{rank}}",
+            )
+        ],
+        text="Time in collectives by all-reduces, waiting for the others included.",
+    ),
+    Panel(
         "Mean wait of a step for the device",
         "s",
         [(mean_step("queued"), "{{instance}} rank {{rank}}")],
