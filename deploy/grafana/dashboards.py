@@ -92,8 +92,8 @@ OVERVIEW = (
         "Tokens",
         "short",
         [
-            (rate("generation_tokens_total", "model_name"), "generated a second"),
-            (rate("prompt_tokens_total", "model_name"), "prompt tokens a second"),
+            (rate("generation_tokens_total", "model_name"), "{{model_name}} generated a second"),
+            (rate("prompt_tokens_total", "model_name"), "{{model_name}} prompt tokens a second"),
         ],
     ),
     Panel(

@@ -25,7 +25,7 @@ from xml.sax.saxutils import escape
 FOLDER = Path(__file__).resolve().parent
 _COLUMN, _ROW = 40, 24  # pixels of a cell of Grafana's grid
 _HEAD = 46
-_NUM_POINTS = 150
+_NUM_POINTS = 90
 _MOST_LEGENDS = 6
 _COLOURS = ("#3274d9", "#e0752d", "#299c46", "#a352cc", "#e02f44", "#1f9e9e", "#8f8f00", "#777777")
 Query = Callable[[str], list[dict[str, Any]]]
@@ -171,7 +171,7 @@ def _legends(frame: Frame, lines: Sequence[Line]) -> list[str]:
     names = [line.legend for line in shown]
     if len(lines) > len(shown):
         names[-1] = f"and {len(lines) - len(shown) + 1} more"
-    columns = _MOST_LEGENDS // 2
+    columns = 2 if max(len(name) for name in names) > 22 and len(names) <= 4 else 3
     step = (frame.width - 16) // columns
     parts = []
     for index, name in enumerate(names):
