@@ -26,6 +26,7 @@ from tests.helpers.prometheus_server import RULES, PrometheusServer, shortened
 from tests.helpers.served_group import ServedGroup
 from tests.helpers.steady_load import SteadyLoad
 from tests.helpers.tiny_models import write_tiny_model
+from tests.integration.test_daemons_alone import HandStarted, start_coordinator, start_worker
 
 pytestmark = [pytest.mark.apt, pytest.mark.timeout(300)]
 
@@ -218,6 +219,36 @@ def test_a_rank_that_stalls_under_load_fires_rank_lost_alone(tiny: Path, tmp_pat
         time.sleep(_AFTERMATH_S)
         assert prometheus.has_fired() == {"LockstepRankLost"}
         assert load.ends["OK"] > 0
+
+
+def test_workers_that_stay_away_fire_rank_lost_target_down_and_group_down(
+    tiny: Path, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        workers = [start_worker(stack, tiny, tmp_path / f"rank{rank}", 0) for rank in range(2)]
+        addresses = [worker.address() for worker in workers]
+        coordinator = start_coordinator(stack, tiny, tmp_path / "coordinator", addresses)
+        coordinator.address()
+        targets = {
+            "lockstep-coordinator": [metrics_address(coordinator)],
+            "lockstep-worker": [metrics_address(worker) for worker in workers],
+        }
+        prometheus = stack.enter_context(
+            PrometheusServer(tmp_path / "prometheus", targets, LOAD_FACTOR)
+        )
+        wait_for_scrapes(prometheus)
+        workers[1].process.kill()
+        expected = {"LockstepRankLost", "LockstepTargetDown", "LockstepGroupDown"}
+        wait_until_firing(prometheus, expected, limit_s=90)
+        time.sleep(_AFTERMATH_S)
+        assert prometheus.has_fired() == expected
+        # The other worker was told to end, and nobody here starts one again.
+        down = prometheus.query('ALERTS{alertname="LockstepTargetDown",alertstate="firing"}')
+        assert {each["metric"]["instance"] for each in down} == set(targets["lockstep-worker"])
+
+
+def metrics_address(daemon: HandStarted) -> str:
+    return str(json.loads(daemon.ready_file.read_text(encoding="utf-8"))["metrics"])
 
 
 # Twice what four rows of 50 tokens at 20 ms can serve, so that about five more wait every second.

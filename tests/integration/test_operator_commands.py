@@ -16,7 +16,7 @@ import pytest
 
 from lockstep.client import text_request
 from lockstep.daemon.version import __version__
-from tests.helpers.served_group import ServedGroup, serve_environ
+from tests.helpers.served_group import ServedGroup, serve_environ, value_of
 from tests.integration.chaos_support import running_streams, wait_until
 
 pytestmark = pytest.mark.timeout(240)
@@ -99,6 +99,8 @@ def test_status_tells_of_ranks_before_and_after_a_loss(model_dir: Path, tmp_path
         assert found["server"]["last_loss"].startswith("rank 1 lost at step")
         assert "stream broke" in found["server"]["ranks"][1]["last_error"]
         assert found["server"]["ranks"][0]["version"] == __version__
+        losses = [value_of(group.metrics, "lockstep_rank_losses_total", rank=r) for r in "01"]
+        assert losses == [0, 1]
 
 
 def test_status_of_nobody_fails_and_says_so() -> None:
