@@ -93,13 +93,12 @@ def _lines(target: dict[str, Any], query: Query, rate_s: int) -> list[Line]:
     expr = expr.replace("$job", "lockstep.*").replace("$model", ".*")
     lines = []
     for series in query(expr):
+        labels: dict[str, str] = series["metric"]
         values = ((float(at), float(value)) for at, value in series["values"])
         points = [(at, value) for at, value in values if math.isfinite(value)]
-        legend = re.sub(
-            r"\{\{(\w+)\}\}",
-            lambda name, labels=series["metric"]: str(labels.get(name[1], "")),
-            target["legendFormat"],
-        )
+        legend = target["legendFormat"]
+        for name in re.findall(r"\{\{(\w+)\}\}", legend):
+            legend = legend.replace(f"{{{{{name}}}}}", labels.get(name, ""))
         if points:
             lines.append(Line(legend, points))
     return lines

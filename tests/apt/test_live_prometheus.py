@@ -154,11 +154,12 @@ def test_every_query_finds_data_in_a_system_under_load_and_no_alert_fires(
 def complaints(address: str) -> list[str]:
     """What promtool has to say of a page of metrics."""
     with urllib.request.urlopen(f"http://{address}", timeout=10) as response:
-        text = response.read()
+        text = bytes(response.read())
     checked = subprocess.run(
         ["promtool", "check", "metrics"], input=text, capture_output=True, timeout=60, check=False
     )
-    return (checked.stdout + checked.stderr).decode().splitlines()
+    said = checked.stdout + checked.stderr
+    return str(said, "utf-8").splitlines()
 
 
 def pictures_without_data(prometheus: PrometheusServer, folder: Path) -> list[str]:
