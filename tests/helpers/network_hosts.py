@@ -72,10 +72,16 @@ class NetworkHosts:
         run("ip", "-n", name, "link", "set", cable, "up")
 
     def _remove(self) -> None:
-        for name in self._names:
-            subprocess.run(
-                ["ip", "netns", "del", name], capture_output=True, timeout=_LIMIT_S, check=False
-            )
+        """Cables first: a namespace lives on while a connection in it waits for its other end, and
+        would go on answering at our addresses."""
+        first = self._names[0]
+        for words in (
+            ("ip", "link", "del", self._cables[2]),
+            ("ip", "-n", first, "link", "del", self._cables[0]),
+            *(("ip", "netns", "del", name) for name in self._names),
+        ):
+            # What is not there any more is what is wanted.
+            subprocess.run(words, capture_output=True, timeout=_LIMIT_S, check=False)
 
 
 def run(*words: str) -> None:
