@@ -211,9 +211,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         error = ran.exception()
         if error is not None:
             _LOG.error(
-                "%s failed: %s",
+                "%s failed",  # the coordinator's line says why
                 call.__name__,
-                _describe(error),
                 exc_info=None if _is_foreseen(error) else error,
                 extra={"rank": self._rank.rank, "epoch": epoch},
             )
