@@ -45,7 +45,7 @@ test: setup ## Unit and integration tests; those for GPUs are skipped where ther
 test-gpu: setup ## Tests that need GPUs
 	@$(PY) -m pytest -m "gpu or multi_gpu" tests/gpu $${ARGS:-}
 
-test-apt: setup ## Tests of the deployment that need Debian's prometheus and systemd packages
+test-apt: setup ## Tests of the deployment: root, Debian's prometheus, systemd, iproute2
 	@$(PY) -m pytest -m apt tests/apt $${ARGS:-}
 
 soak: setup ## Slow tests: large checkpoints, long runs, the wheel in an empty environment

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import uvloop
 
+from coordinator import vllm_metrics
 from coordinator.config import CoordinatorConfig, coordinator_config
 from coordinator.engine import Engine
 from coordinator.errors import BadCheckpoint, StartRefused
@@ -38,7 +39,8 @@ def main(argv: list[str]) -> int:
         return _stop(error.exit_code, error)
     metrics = EngineMetrics(config.served_model_name)
     try:
-        server = MetricsServer(metrics, config.metrics_host, config.metrics_port)
+        views = {vllm_metrics.PATH: vllm_metrics.VllmCollector(metrics)}
+        server = MetricsServer(metrics, config.metrics_host, config.metrics_port, views)
     except OSError as error:
         return _stop(
             ExitCode.ADDRESS,

@@ -47,7 +47,16 @@ def _log_size(text: str) -> int:
     return size
 
 
+def otlp_endpoint(text: str) -> str:
+    """Parses the URL of an OTLP collector that speaks gRPC, or nothing."""
+    scheme, _, rest = text.partition("://")
+    if text and (scheme not in ("http", "https") or not rest.rpartition(":")[2].isdigit()):
+        raise ValueError("want http://host:port, or https://host:port for TLS")
+    return text
+
+
 _TIMEOUT = float_between(0.1, 86400.0)
+_PAUSE = float_between(0.0, 3600.0)
 
 FLAGS = (
     Flag("model", _path, None, "checkpoint folder"),
@@ -67,6 +76,7 @@ FLAGS = (
     Flag("step-timeout", _TIMEOUT, 30.0, "seconds after which a silent rank is lost"),
     Flag("startup-timeout", _TIMEOUT, 600.0, "seconds for the ranks to come up"),
     Flag("drain-seconds", float_between(0.0, 86400.0), 30.0, "seconds requests get on SIGTERM"),
+    Flag("withdrawal-seconds", _PAUSE, 0.0, "seconds on SIGTERM in which requests are still taken"),
     Flag("host", str, "127.0.0.1", "address to serve on"),
     Flag("port", tcp_port, 50051, "gRPC port; 0: any"),
     Flag("metrics-host", str, "127.0.0.1", "address to serve metrics on"),
@@ -79,6 +89,7 @@ FLAGS = (
     Flag("num-frontends", positive_int, 1, "processes that serve the public API"),
     Flag("grammar-processes", positive_int, 1, "processes that enforce constraints on outputs"),
     Flag("slow-client-seconds", _TIMEOUT, 30.0, "seconds that unread output is kept"),
+    Flag("otlp-endpoint", otlp_endpoint, "", "collector of traces, http://host:4317; off if empty"),
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
     Flag("ready-file", str, "", "file to write once requests can be answered"),
 )
@@ -105,6 +116,8 @@ class CoordinatorConfig:
     step_timeout: float = 30.0
     startup_timeout: float = 600.0
     drain_seconds: float = 30.0
+    withdrawal_seconds: float = 0.0
+    otlp_endpoint: str = ""
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_host: str = "127.0.0.1"

@@ -158,14 +158,15 @@ class Engine:
     async def _obey_signals(self) -> None:
         """First signal: drain. Second: stop at once."""
         number = await self._signals.get()
-        budget_s = self._config.drain_seconds
-        _LOG.info("%s: draining for at most %g s", number.name, budget_s)
+        pause_s, budget_s = self._config.withdrawal_seconds, self._config.drain_seconds
+        words = "%s: draining for at most %g s, after %g s in which requests are still taken"
+        _LOG.info(words, number.name, budget_s, pause_s)
         self._is_draining = True
         self._notifier.stopping()
         for frontend in self._frontends:
-            frontend.drain(budget_s)
+            frontend.drain(pause_s, budget_s)
         with suppress(TimeoutError):
-            async with asyncio.timeout(budget_s + _DRAIN_MARGIN_S):
+            async with asyncio.timeout(pause_s + budget_s + _DRAIN_MARGIN_S):
                 number = await self._signals.get()
                 _LOG.warning("%s again: stopping at once", number.name)
                 raise _Interrupted(number.name)

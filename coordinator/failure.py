@@ -76,6 +76,7 @@ async def quiesce(
                 worker.rank,
                 error.code().name,
                 error.details(),
+                extra={"rank": worker.rank, "epoch": epoch},
             )
             return None
         return answer

@@ -99,10 +99,11 @@ class FrontendProcess:
         if not self.is_draining or return_code != 0:
             raise FrontendLost(self.link.index, return_code)
 
-    def drain(self, budget_s: float) -> None:
-        """Tells it to refuse new calls and end with its last stream."""
+    def drain(self, pause_s: float, budget_s: float) -> None:
+        """Tells it to refuse new calls after a pause, and to end with its last stream."""
         self.is_draining = True
-        self.link.send(engine_pb2.EngineMessage(drain=engine_pb2.Drain(budget_seconds=budget_s)))
+        drain = engine_pb2.Drain(budget_seconds=budget_s, pause_seconds=pause_s)
+        self.link.send(engine_pb2.EngineMessage(drain=drain))
 
     async def kill(self) -> None:
         """Ends it now."""
@@ -136,7 +137,7 @@ async def start_frontend(
 
 def frontend_command(config: CoordinatorConfig, engine_fd: int, port: int) -> Sequence[str]:
     """The command line of a frontend that is to serve on `port`."""
-    flags = {
+    flags: dict[str, object] = {
         "engine-fd": engine_fd,
         "engine-pid": os.getpid(),
         "model": config.model,
@@ -148,5 +149,7 @@ def frontend_command(config: CoordinatorConfig, engine_fd: int, port: int) -> Se
         "slow-client-seconds": config.slow_client_seconds,
         "log-format": config.log_format,
     }
+    if config.otlp_endpoint:
+        flags["otlp-endpoint"] = config.otlp_endpoint
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "coordinator.frontend", *words]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from coordinator.admission import ModelLimits
 from coordinator.arrival_skew import ArrivalSkew
 from coordinator.batch import Batch, BatchLimits
+from coordinator.broadcast_time import BroadcastTime
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import RankLost
 from coordinator.failure import (
@@ -28,6 +29,7 @@ from coordinator.step_log import StepLog
 from coordinator.step_loop import StepLoop
 from coordinator.tasks import run_until_first_ends
 from coordinator.worker_group import StepStreams, WorkerClient
+from lockstep.daemon.process_identity import boot_id
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import worker_pb2
 
@@ -141,13 +143,15 @@ class GroupLeader:
                 config.world_size,
                 group.num_blocks,
             )
-        skew = ArrivalSkew([hello.boot_id for hello in group.hellos])
+        boot_ids = [hello.boot_id for hello in group.hellos]
+        skew = ArrivalSkew(boot_ids)
         self._metrics.command_arrival_skew = skew.seconds
         loop = StepLoop(
             batch,
             self._book,
             watch,
             skew,
+            BroadcastTime(boot_ids, boot_id(), self._metrics.observe_broadcast),
             self._metrics,
             lambda command: streams.send(command),  # made below, each needs the other
             self._flush,
@@ -175,13 +179,19 @@ class GroupLeader:
 
     async def _end_epoch(self, epoch: int, lost: RankLost) -> str:
         """Does what docs/protocol.md says under "When a rank is lost"; returns what was lost."""
-        self._status.lost(str(lost))
+        self._status.lost(str(lost), lost.rank, lost.step)
         answers = await quiesce(self._workers, epoch)
         root = find_root(lost, answers)
+        self._metrics.rank_losses[root.rank] += 1
+        self._status.rank_failed(root.rank, root.problem)
         for rank, answer in enumerate(answers):
             if answer is not None and answer.last_error:
-                _LOG.error("rank %d, step %d: %s", rank, answer.last_step, answer.last_error)
-        self._status.lost(str(root))
+                fields = {"rank": rank, "epoch": epoch, "step": answer.last_step}
+                _LOG.error(
+                    "rank %d, step %d: %s", rank, answer.last_step, answer.last_error, extra=fields
+                )
+                self._status.rank_failed(rank, answer.last_error)
+        self._status.lost(str(root), root.rank, root.step)
         if self._log is not None:
             self._log.end_epoch(str(root))
         self._book.close(f"restarting after: {root}", str(root))

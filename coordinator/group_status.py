@@ -1,6 +1,7 @@
 """How the group stands, for health, the info calls, the metrics and the log."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -9,6 +10,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.metrics import EngineMetrics
 from coordinator.progress_watch import ProgressWatch
 from coordinator.startup import Group
+from lockstep.daemon.process_identity import boot_id, start_ticks
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import engine_pb2, generate_pb2, worker_pb2
 
@@ -27,6 +29,9 @@ class GroupStatus:
         self._epoch = 0
         self._cause = "starting"
         self._last_problem = ""
+        self._last_loss = ""
+        self._rank_errors: dict[int, str] = {}
+        self._identity = (os.getpid(), start_ticks(os.getpid()), boot_id())
         self._group: Group | None = None
         self._batch: Batch | None = None
         self._watch: ProgressWatch | None = None
@@ -54,6 +59,7 @@ class GroupStatus:
     def epoch_began(self, epoch: int) -> None:
         """A start of the group begins."""
         self._epoch = epoch
+        self._metrics.epoch = epoch
         self._set_cause(self._starting("starting"))
 
     def phase_began(self, phase: str) -> None:
@@ -62,13 +68,15 @@ class GroupStatus:
 
     def phase_ended(self, phase: str, seconds: float) -> None:
         """A start-up phase took that long."""
-        _LOG.info("phase %s took %.2f s", phase, seconds)
+        _LOG.info("phase %s took %.2f s", phase, seconds, extra={"epoch": self._epoch})
         self._metrics.startup_seconds[phase] = seconds
 
     def ready(self, group: Group, batch: Batch, watch: ProgressWatch) -> None:
         """The group can answer."""
         self._group, self._batch, self._watch = group, batch, watch
         self._last_problem = ""
+        self._metrics.kv_cache_blocks = group.num_blocks
+        self._metrics.block_size = self._config.block_size
         self._set_ranks_up(True)
         self._set_cause("")
         _LOG.info(
@@ -77,20 +85,30 @@ class GroupStatus:
             group.num_blocks,
             self._config.block_size,
             group.max_model_len,
+            extra={"epoch": self._epoch},
         )
 
-    def lost(self, problem: str) -> None:
-        """The group cannot answer any more; said again when the root of it is known."""
+    def lost(self, problem: str, rank: int, step: int) -> None:
+        """The group cannot answer any more; said again when the root of it is known.
+
+        `rank` and `step` are where it failed, for the log.
+        """
         self._group, self._batch, self._watch = None, None, None
         self._set_ranks_up(False)
         if problem != self._cause:
-            _LOG.error("not ready: %s", problem)
-        self._last_problem = problem
+            fields = {"rank": rank, "epoch": self._epoch, "step": step}
+            _LOG.error("not ready: %s", problem, extra=fields)
+        self._last_problem = self._last_loss = problem
         self._set_cause(problem)
+
+    def rank_failed(self, rank: int, error: str) -> None:
+        """What a rank said last, or what was seen of it; kept until it says something else."""
+        self._rank_errors[rank] = error
 
     def message(self) -> engine_pb2.EngineMessage:
         """The state as frontends get it."""
         group, batch = self._group, self._batch
+        pid, pid_start_ticks, host_boot_id = self._identity
         server = generate_pb2.GetServerInfoResponse(
             version=__version__,
             is_ready=self.is_ready,
@@ -102,6 +120,12 @@ class GroupStatus:
             block_size=self._config.block_size,
             max_num_seqs=self._config.max_num_seqs,
             comm_paths=_comm_paths(group.preflight) if group else [],
+            kv_cache_usage=batch.kv_usage if batch else 0.0,
+            cause=self._cause,
+            last_loss=self._last_loss,
+            pid=pid,
+            pid_start_ticks=pid_start_ticks,
+            boot_id=host_boot_id,
         )
         state = engine_pb2.GroupState(
             is_ready=self.is_ready,
@@ -116,7 +140,9 @@ class GroupStatus:
         group, watch = self._group, self._watch
         if group is None or watch is None:
             return [
-                generate_pb2.RankInfo(rank=rank, address=address)
+                generate_pb2.RankInfo(
+                    rank=rank, address=address, last_error=self._rank_errors.get(rank, "")
+                )
                 for rank, address in enumerate(self._config.workers)
             ]
         return [
@@ -131,6 +157,10 @@ class GroupStatus:
                 parameter_count=group.loads[rank].parameter_count,
                 bytes_read=group.loads[rank].bytes_read,
                 all_reduce_count=watch.num_all_reduces[rank],
+                version=group.hellos[rank].version,
+                host=group.hellos[rank].host,
+                memory_bytes=group.memory_bytes[rank],
+                last_error=self._rank_errors.get(rank, ""),
             )
             for rank, address in enumerate(self._config.workers)
         ]

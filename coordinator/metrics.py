@@ -9,14 +9,15 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from wsgiref.simple_server import WSGIServer
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import numpy as np
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -36,15 +37,23 @@ _KNOWN_LABELS = {
     "requests_rejected": ("invalid_argument", "not_ready", "queue_full", "queue_time", "deadline"),
 }
 _E2E_BUCKETS_S = (*_LATENCY_BUCKETS_S, 160.0, 320.0, 640.0, 1280.0, 2560.0)
+_BROADCAST_BUCKETS_S = (
+    *(0.0001, 0.0002, 0.0003, 0.0005, 0.0007, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.007),
+    *(0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0),
+)
+_TOKEN_BUCKETS = tuple(float(base * 10**power) for power in range(6) for base in (1, 2, 5))
 
 
 class Histogram:
-    """Counts per bucket, filled many values at a time. Written by one thread."""
+    """Counts per bucket, filled many values at a time. Written by one thread.
 
-    def __init__(self, bounds_s: Sequence[float]) -> None:
-        self._bounds = np.array(bounds_s)
-        self._bounds_list = list(bounds_s)
-        self._counts = np.zeros(len(bounds_s) + 1, dtype=np.int64)
+    `bounds` are upper bounds in the unit of the values: seconds, or tokens.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = np.array(bounds)
+        self._bounds_list = list(bounds)
+        self._counts = np.zeros(len(bounds) + 1, dtype=np.int64)
         self.sum = 0.0
 
     @property
@@ -52,7 +61,7 @@ class Histogram:
         return int(self._counts.sum())
 
     def observe(self, values: Sequence[float]) -> None:
-        """Adds values, seconds."""
+        """Adds values."""
         if not values:
             return
         buckets = np.searchsorted(self._bounds, values, side="left")
@@ -60,7 +69,7 @@ class Histogram:
         self.sum += float(sum(values))
 
     def observe_one(self, value: float) -> None:
-        """Adds a value, seconds; cheaper than `observe` for a single one."""
+        """Adds a value; cheaper than `observe` for a single one."""
         self._counts[bisect_left(self._bounds_list, value)] += 1
         self.sum += value
 
@@ -83,6 +92,9 @@ class EngineMetrics:
     predicted_ttft: float = 0.0
     requests_without_client: int = 0
     kv_cache_usage: float = 0.0
+    kv_cache_blocks: int = 0
+    block_size: int = 0
+    epoch: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
     steps: int = 0
@@ -95,6 +107,7 @@ class EngineMetrics:
     request_success: Counter[str] = field(default_factory=Counter)
     requests_failed: Counter[str] = field(default_factory=Counter)
     requests_rejected: Counter[str] = field(default_factory=Counter)
+    rank_losses: Counter[int] = field(default_factory=Counter)
     rank_up: dict[int, bool] = field(default_factory=dict)
     command_arrival_skew: dict[int, float] = field(default_factory=dict)
     worker_idle_seconds: dict[int, float] = field(default_factory=dict)
@@ -105,6 +118,17 @@ class EngineMetrics:
     request_queue_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
     request_prefill_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
     request_decode_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
+    request_inference_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BUCKETS_S))
+    time_per_output_token: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
+    request_prompt_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKEN_BUCKETS))
+    request_generation_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKEN_BUCKETS))
+    broadcast: dict[int, Histogram] = field(default_factory=dict)
+
+    def observe_broadcast(self, rank: int, seconds: float) -> None:
+        """A command took that long to come to a rank."""
+        if rank not in self.broadcast:
+            self.broadcast[rank] = Histogram(_BROADCAST_BUCKETS_S)
+        self.broadcast[rank].observe_one(seconds)
 
 
 class _EngineCollector(Collector):
@@ -132,6 +156,8 @@ class _EngineCollector(Collector):
                 metrics.requests_without_client,
             ),
             ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", metrics.kv_cache_usage),
+            ("kv_cache_blocks", "KV blocks of the group.", metrics.kv_cache_blocks),
+            ("epoch", "Epoch of the group.", metrics.epoch),
             ("step_log_up", "The step log is being written.", metrics.step_log_up),
         )
         for name, text, value in plain:
@@ -183,7 +209,9 @@ class _EngineCollector(Collector):
             family = CounterMetricFamily(f"lockstep_{name}", text, labels=["model_name"])
             family.add_metric([metrics.model_name], value)
             yield family
+        losses = {rank: metrics.rank_losses[rank] for rank in metrics.rank_up.copy()}
         by_label = (
+            ("rank_losses", "Times the rank was why the group was lost.", "rank", losses),
             ("request_success", "Requests ended well.", "finished_reason", metrics.request_success),
             ("requests_failed", "Requests ended in an error.", "code", metrics.requests_failed),
             ("requests_rejected", "Requests never begun.", "reason", metrics.requests_rejected),
@@ -206,22 +234,53 @@ class _EngineCollector(Collector):
             ("request_queue_time", "Arrival to first chunk.", metrics.request_queue_time),
             ("request_prefill_time", "First chunk to first token.", metrics.request_prefill_time),
             ("request_decode_time", "First token to end.", metrics.request_decode_time),
+            ("request_inference_time", "First chunk to end.", metrics.request_inference_time),
+            (
+                "request_time_per_output_token",
+                "Decode time of a request by its tokens after the first.",
+                metrics.time_per_output_token,
+            ),
         ):
-            family = HistogramMetricFamily(f"lockstep_{name}_seconds", text, labels=["model_name"])
-            family.add_metric([metrics.model_name], histogram.cumulative(), histogram.sum)
-            yield family
+            yield self._histogram(f"{name}_seconds", text, histogram)
+        for name, text, histogram in (
+            ("request_prompt_tokens", "Of ended requests.", metrics.request_prompt_tokens),
+            ("request_generation_tokens", "Of ended requests.", metrics.request_generation_tokens),
+        ):
+            yield self._histogram(name, text, histogram)
+        text = "From sending a command to its arrival at the rank."
+        labels = ["model_name", "rank"]
+        family = HistogramMetricFamily("lockstep_broadcast_seconds", text, labels=labels)
+        for rank, histogram in metrics.broadcast.copy().items():
+            label_values = [metrics.model_name, str(rank)]
+            family.add_metric(label_values, histogram.cumulative(), histogram.sum)
+        yield family
+
+    def _histogram(self, name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(f"lockstep_{name}", text, labels=["model_name"])
+        family.add_metric([self._metrics.model_name], histogram.cumulative(), histogram.sum)
+        return family
 
 
 class MetricsServer:
-    """Serves the metrics on a thread of its own until closed. OSError if the port is taken."""
+    """Serves the metrics on a thread of its own until closed. OSError if the port is taken.
 
-    def __init__(self, metrics: EngineMetrics, host: str, port: int) -> None:
+    `views` are further collectors of the same numbers, by their path.
+    """
+
+    def __init__(
+        self,
+        metrics: EngineMetrics,
+        host: str,
+        port: int,
+        views: Mapping[str, Collector] = MappingProxyType({}),
+    ) -> None:
         registry = CollectorRegistry()
         registry.register(_EngineCollector(metrics))
         served: tuple[WSGIServer, threading.Thread] = start_http_server(
             port, addr=host, registry=registry
         )
         self._server, self._thread = served
+        self._server.set_app(_by_path(registry, views))
         self.port: int = self._server.server_port
 
     def __enter__(self) -> MetricsServer:
@@ -236,3 +295,19 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=5)
+
+
+def _by_path(registry: CollectorRegistry, views: Mapping[str, Collector]) -> WSGIApplication:
+    """Answers a view's path with the view, and any other one with `registry`."""
+    whole = make_wsgi_app(registry)
+    apps = {}
+    for path, collector in views.items():
+        view = CollectorRegistry()
+        view.register(collector)
+        apps[path] = make_wsgi_app(view)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        answer: Iterable[bytes] = apps.get(environ["PATH_INFO"], whole)(environ, start_response)
+        return answer
+
+    return app

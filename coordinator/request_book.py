@@ -1,5 +1,6 @@
 """Requests in flight by handle and by name, and the one way by which each of them ends."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from coordinator.request import Request
 from coordinator.time_keeper import TimeKeeper
 from protos.lockstep.v1 import engine_pb2, generate_pb2, grammar_pb2, worker_pb2
 
+_LOG = logging.getLogger(__name__)
 _RETRY_AFTER_S = 1.0
 _UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
 _FINISHED_REASONS = {
@@ -71,6 +73,10 @@ class RequestBook:
     def batch(self) -> Batch | None:
         """Where requests go; None while the group cannot answer."""
         return self._epoch.batch if self._epoch else None
+
+    @property
+    def _epoch_number(self) -> int:
+        return self._epoch.batch.epoch if self._epoch else 0
 
     @property
     def num_in_flight(self) -> int:
@@ -204,6 +210,13 @@ class RequestBook:
         retry_after_s: float = 0.0,
     ) -> None:
         """Ends a request in an error."""
+        _LOG.info(
+            "request %s failed: %s: %s",
+            request.request_id,
+            status.name,
+            message,
+            extra={"request_id": request.request_id, "epoch": self._epoch_number},
+        )
         self.metrics.requests_failed[status.name.lower()] += 1
         self._end(request, _error(request.handle, status, message, retry_after_s), self._clock())
 

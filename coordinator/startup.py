@@ -7,7 +7,7 @@ on all ranks at once, every rank's answer is kept, and answers that must agree a
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,7 +41,10 @@ class PhaseObserver(Protocol):
 
 @dataclass(frozen=True)
 class Group:
-    """A group that can answer. Lists are by rank; `num_blocks` counts the dummy."""
+    """A group that can answer. Lists are by rank; `num_blocks` counts the dummy.
+
+    `memory_bytes` is what each rank's device holds, by kind.
+    """
 
     epoch: int
     hellos: Sequence[worker_pb2.HelloResponse]
@@ -51,6 +54,7 @@ class Group:
     vocab_size: int
     engine_config: worker_pb2.EngineConfig
     preflight: worker_pb2.PreflightResponse
+    memory_bytes: Sequence[Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,16 @@ class Startup:
         agreed("padded_sizes", [tuple(capture.padded_sizes) for capture in captures])
         num_blocks = self._num_blocks(captures)
         max_model_len = served_max_model_len(self._config, self._model, num_blocks)
-        await self._phase(
+        caches = await self._phase(
             "init_kv_cache",
             "InitKvCache",
             worker_pb2.InitKvCacheRequest(epoch=self._epoch, block_count=num_blocks),
             worker_pb2.InitKvCacheResponse,
         )
+        memory = [
+            {**capture.memory_bytes, "kv": cache.kv_cache_bytes}
+            for capture, cache in zip(captures, caches, strict=True)
+        ]
         return Group(
             self._epoch,
             hellos,
@@ -134,6 +142,7 @@ class Startup:
             vocab_size,
             engine_config,
             preflights[0],
+            memory,
         )
 
     async def _hello_all(self) -> list[worker_pb2.HelloResponse]:
@@ -207,7 +216,9 @@ class Startup:
         made = await self._call_rank(
             self._workers[0],
             "CreateGroupId",
-            worker_pb2.CreateGroupIdRequest(epoch=self._epoch),
+            worker_pb2.CreateGroupIdRequest(
+                epoch=self._epoch, host=host_of(self._workers[0].address)
+            ),
             worker_pb2.CreateGroupIdResponse,
         )
         request = worker_pb2.JoinRequest(
@@ -270,6 +281,11 @@ class Startup:
 
     def _remaining(self) -> float:
         return self._deadline - time.monotonic()
+
+
+def host_of(address: str) -> str:
+    """Of host:port; without the brackets of an IPv6 address."""
+    return address.rpartition(":")[0].removeprefix("[").removesuffix("]")
 
 
 async def gather_ranks(calls: Sequence[Any]) -> list[Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from coordinator.arrival_skew import ArrivalSkew
 from coordinator.batch import Batch
+from coordinator.broadcast_time import BroadcastTime
 from coordinator.errors import ProtocolBroken, RankLost
 from coordinator.metrics import EngineMetrics
 from coordinator.pacing import Pacing
@@ -39,6 +40,7 @@ class StepLoop:
         book: RequestBook,
         watch: ProgressWatch,
         skew: ArrivalSkew,
+        broadcast: BroadcastTime,
         metrics: EngineMetrics,
         send: Callable[[bytes], None],
         flush: Callable[[], None],
@@ -50,6 +52,7 @@ class StepLoop:
         self._book = book
         self._watch = watch
         self._skew = skew
+        self._broadcast = broadcast
         self._pacing = Pacing()
         self._metrics = metrics
         self._send = send
@@ -134,6 +137,7 @@ class StepLoop:
         self, rank: int, report: worker_pb2.StepResult | worker_pb2.RankProgress
     ) -> None:
         self._skew.arrived(rank, report.command_id, report.arrival_micros)
+        self._broadcast.arrived(rank, report.command_id, report.arrival_micros)
         self._metrics.worker_idle_seconds[rank] = report.idle_micros / 1e6
 
     def _pump(self) -> None:
@@ -185,6 +189,7 @@ class StepLoop:
             self._log.begin_segment(snapshot_tables(self._batch))
 
     def _sent(self, command: bytes, now: float) -> None:
+        self._broadcast.sent(self._batch.last_command_id, time.monotonic())
         self._send(command)
         self._book.command_sent(now)
         if self._log is not None:

@@ -38,12 +38,19 @@ class TimeKeeper:
 
     def ended(self, request: Request, now: float) -> engine_pb2.RequestTimes:
         """Counts a request that ends now and returns its times."""
-        times = self._times(request, now)
+        metrics, times = self._metrics, self._times(request, now)
+        num_generated = len(request.output_ids) - request.num_resumed
+        metrics.request_prompt_tokens.observe_one(request.prompt_len)
+        metrics.request_generation_tokens.observe_one(num_generated)
         if request.first_chunk_time:
-            self._metrics.request_queue_time.observe_one(times.queue_seconds)
+            metrics.request_queue_time.observe_one(times.queue_seconds)
+            metrics.request_inference_time.observe_one(now - request.first_chunk_time)
         if request.first_token_time:
-            self._metrics.request_prefill_time.observe_one(times.prefill_seconds)
-            self._metrics.request_decode_time.observe_one(times.decode_seconds)
+            metrics.request_prefill_time.observe_one(times.prefill_seconds)
+            metrics.request_decode_time.observe_one(times.decode_seconds)
+        if num_generated > 1:
+            per_token = times.decode_seconds / (num_generated - 1)
+            metrics.time_per_output_token.observe_one(per_token)
         return times
 
     def _times(self, request: Request, now: float) -> engine_pb2.RequestTimes:

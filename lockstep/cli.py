@@ -14,6 +14,8 @@ _COMMANDS = {
     "simulate": ("lockstep.simulate", "serve a model without computing it: for load tests"),
     "workers": ("lockstep.workers", "run the workers of this host for a coordinator elsewhere"),
     "health": ("lockstep.health", "ask a server whether it lives or is ready"),
+    "status": ("lockstep.status", "how a server is: ranks, load, memory, last errors"),
+    "drain": ("lockstep.drain", "stop a server of this host once its requests have ended"),
     "generate": ("lockstep.generate", "send one prompt to a server"),
     "chat": ("lockstep.chat", "talk to a server"),
     "demo": ("lockstep.demo", "a small real model on two ranks answers a question"),

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lockstep.bundle import Sources, collect
 from lockstep.comm_findings import comm_findings
+from lockstep.connection_flags import add_address_flag
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.errors import LockstepError
 from lockstep.findings import Finding, Status, host_findings, package_findings
 from lockstep.gpu_findings import gpu_findings, nccl_findings, torch_findings, use_findings
 from lockstep.hub import resolve_model
 from lockstep.probes import COMM, COMM_LIMIT_S, NCCL, SHARDS, TORCH, run_probe
+
+_SETTINGS = Path("/etc/lockstep/lockstep.env")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
         print(render(findings))
         if shards is not None and "ranks" in shards:
             print(render_shards(shards))
+    if options.bundle is not None and not _write_bundle(options, render(findings)):
+        return ExitCode.CONFIG
     is_blocked = any(found.status is Status.MISSING for found in findings)
     return ExitCode.CONFIG if is_blocked else ExitCode.CLEAN
 
@@ -62,7 +69,38 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--comm", action="store_true", help="check and time what carries tensors between the GPUs"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    bundle = parser.add_argument_group(
+        "bundle", "what is needed to find out what is wrong, without secrets, as one .tar.gz"
+    )
+    bundle.add_argument("--bundle", type=Path, metavar="FILE", help="write it here")
+    add_address_flag(bundle)
+    text = "metrics to include, of a daemon at other than its default port; repeatable"
+    bundle.add_argument("--metrics", action="append", default=[], metavar="HOST:PORT", help=text)
+    text = "log to include the end of; repeatable. The journal of lockstep-* always is"
+    _add_paths(bundle, "--log", text)
+    text = f"file of settings to include; repeatable (default: {_SETTINGS} if it is there)"
+    _add_paths(bundle, "--settings", text)
     return parser.parse_args(argv)
+
+
+def _add_paths(group: argparse._ArgumentGroup, name: str, text: str) -> None:
+    group.add_argument(name, action="append", default=[], type=Path, metavar="FILE", help=text)
+
+
+def _write_bundle(options: argparse.Namespace, report: str) -> bool:
+    """Writes the archive and says what is not in it; False if it cannot be written."""
+    settings = options.settings or ([_SETTINGS] if _SETTINGS.exists() else [])
+    sources = Sources(options.address, options.metrics, options.log, settings)
+    bundle = collect(sources, report, os.environ)
+    try:
+        bundle.write(options.bundle)
+    except OSError as error:
+        print(f"lockstep doctor: --bundle {options.bundle}: {error.strerror}", file=sys.stderr)
+        return False
+    for note in bundle.notes:
+        print(f"not in the bundle: {note}", file=sys.stderr)
+    print(f"bundle: {options.bundle}, {len(bundle.files)} files", file=sys.stderr)
+    return True
 
 
 def _positive(text: str) -> int:

@@ -68,6 +68,7 @@ def replay_group(argv: Sequence[str]) -> GroupSpec:
         port=0,
         metrics_host="127.0.0.1",
         metrics_port=0,
+        withdrawal_seconds=0.0,
         drain_seconds=0.0,
         nccl_path=None,
         restart=False,

@@ -34,6 +34,7 @@ _MAX_PORT = 65535
 _WORKER_METRICS_OFFSET = 9
 # What a coordinator needs beside its drain time, to tell ranks and frontends.
 _STOP_MARGIN_S = 15.0
+_PAUSE = float_between(0.0, 3600.0)
 
 # The coordinator's own: passed on as they are, checked and given their defaults there.
 COORDINATOR_FLAGS = (
@@ -59,6 +60,7 @@ COORDINATOR_FLAGS = (
     Flag("num-frontends", str, None, "processes that serve the public API (default: 1)"),
     Flag("grammar-processes", str, None, "processes that enforce constraints (default: 1)"),
     Flag("slow-client-seconds", str, None, "seconds that unread output is kept (default: 30)"),
+    Flag("otlp-endpoint", str, None, "collector of traces, http://host:4317; off if empty"),
     Flag("host", str, None, "address to serve on (default: 127.0.0.1)"),
 )
 OWN_FLAGS = (
@@ -70,6 +72,7 @@ OWN_FLAGS = (
     Flag("metrics-host", str, "127.0.0.1", "address to serve metrics on"),
     Flag("metrics-port", tcp_port, 9851, "Prometheus port, + 9 + r that of rank r; 0: any"),
     Flag("drain-seconds", float_between(0.0, 86400.0), 30.0, "seconds requests get on SIGTERM"),
+    Flag("withdrawal-seconds", _PAUSE, 0.0, "seconds on SIGTERM in which requests are still taken"),
     Flag("nccl-path", str, None, "libnccl.so.2 to load instead of the one found"),
     Flag("restart", on_off, True, "off: a lost rank ends everything, with exit code 6"),
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
@@ -89,6 +92,7 @@ class ServeConfig:
     metrics_host: str
     metrics_port: int
     drain_seconds: float
+    withdrawal_seconds: float
     nccl_path: str | None
     restart: bool
     log_format: str
@@ -200,6 +204,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
             *("--port", str(port), "--metrics-port", str(metrics_port)),
             *("--metrics-host", config.metrics_host),
             *("--drain-seconds", str(config.drain_seconds)),
+            *("--withdrawal-seconds", str(config.withdrawal_seconds)),
             *("--ready-file", ready_file, "--log-format", config.log_format),
             *config.passed_on,
         ]
@@ -212,7 +217,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
         environ=daemon_environ(environ),
         worker_metrics_port=config.worker_metrics_port,
         restarts=config.restart,
-        drain_timeout_s=config.drain_seconds + _STOP_MARGIN_S,
+        drain_timeout_s=config.withdrawal_seconds + config.drain_seconds + _STOP_MARGIN_S,
     )
 
 

@@ -27,7 +27,7 @@ COORDINATOR_FLAGS = frozenset(
         *("max-num-seqs", "max-batch-tokens", "block-size", "kv-cache-bytes"),
         *("gpu-memory-fraction", "load-format", "comm", "prefix-cache", "step-timeout"),
         *("startup-timeout", "drain-seconds", "max-queue-requests", "num-frontends", "use-graphs"),
-        *("max-queue-prompt-tokens", "max-queue-time"),
+        *("withdrawal-seconds", "otlp-endpoint", "max-queue-prompt-tokens", "max-queue-time"),
         *("step-log", "step-log-bytes", "slow-client-seconds"),
     )
 )

@@ -45,8 +45,9 @@ class ExecuteStream:
         self._reports: asyncio.Queue[worker_pb2.ExecuteResponse] = asyncio.Queue()
         self._last_progress = 0.0
         self._last_step = 0
-        self._current = (0, 0)
+        self._current, self._epoch = (0, 0), 0
         self._idle = IdleClock()
+        self._comm_before: float | None = None
         self.last_error = ""
 
     @property
@@ -78,7 +79,8 @@ class ExecuteStream:
             return
         command_id, step = self._current
         self.last_error = message
-        _LOG.error("command %d, step %d: %s", command_id, step, message)
+        fields = {"rank": self._rank.rank, "epoch": self._epoch, "step": step or self._last_step}
+        _LOG.error("command %d, step %d: %s", command_id, step, message, extra=fields)
         failure = worker_pb2.RankFailure(
             command_id=command_id, step=step, is_refusal=is_refusal, message=message
         )
@@ -88,7 +90,7 @@ class ExecuteStream:
         """On the device thread. After a failure nothing runs any more."""
         if self.last_error:
             return
-        self._current = (command.command_id, 0)
+        self._current, self._epoch = (command.command_id, 0), command.epoch
         try:
             for pending in self._executor.execute(command, arrived):
                 self._results_thread.submit(self._finish, pending).add_done_callback(self._check)
@@ -104,7 +106,8 @@ class ExecuteStream:
         took = pending.wait()
         self._idle.step_ended(pending.arrived, took.ended)
         self._last_step = pending.step
-        self._metrics.observe_step(took.seconds)
+        queued_s = max(0.0, took.ended - took.seconds - pending.arrived)
+        self._metrics.observe_step(took.seconds, queued_s, self._comm_since_last_step())
         self._metrics.set_all_reduces(self._executor.num_all_reduces)
         if self._rank.rank == 0:
             self._send_result(pending, took)
@@ -152,6 +155,12 @@ class ExecuteStream:
 
     def _send(self, report: worker_pb2.ExecuteResponse) -> None:
         self._loop.call_soon_threadsafe(self._reports.put_nowait, report)
+
+    def _comm_since_last_step(self) -> float | None:
+        """Time in collectives; None where it is not measured, and for the first step."""
+        now, before = self._executor.comm_seconds, self._comm_before
+        self._comm_before = now
+        return None if now is None or before is None else max(0.0, now - before)
 
     def _comm_micros(self) -> int:
         seconds = self._executor.comm_seconds

@@ -30,7 +30,7 @@ class WorkerMetrics:
         labels = ["model_name", "rank"]
         self._step = Histogram(
             "lockstep_step_seconds",
-            "Time of a step on the device.",
+            "Time of a step: queued, on the device, and of that in collectives.",
             [*labels, "phase"],
             buckets=_STEP_BUCKETS_S,
             registry=registry,
@@ -92,9 +92,14 @@ class WorkerMetrics:
                 seconds = time.microseconds * 1e-6
                 self._path_seconds.labels(**labels, bytes=str(time.byte_count)).set(seconds)
 
-    def observe_step(self, seconds: float) -> None:
-        """Counts a step."""
-        self._step.labels(**self._labels, phase="device").observe(seconds)
+    def observe_step(
+        self, device_s: float, queued_s: float = 0.0, comm_s: float | None = None
+    ) -> None:
+        """Counts a step; `comm_s`, its time in collectives, is None where it is not measured."""
+        phases = {"device": device_s, "queued": queued_s, "comm": comm_s}
+        for phase, seconds in phases.items():
+            if seconds is not None:
+                self._step.labels(**self._labels, phase=phase).observe(seconds)
 
     def set_all_reduces(self, count: int) -> None:
         """Shows the all-reduces of this epoch."""

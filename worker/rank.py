@@ -126,10 +126,12 @@ class Rank:
             vocab_size=self.spec.vocab_size,
         )
 
-    def create_group_id(self) -> bytes:
-        """The communicator id, made in this process, which the others will dial."""
+    def create_group_id(self, host: str) -> bytes:
+        """The communicator id, made in this process, which the others will dial, gloo at `host`."""
         config = self._need_loaded().config
-        return tpcomm.create_group_id(config.comm, nccl_path=self._config.nccl_path or None)
+        return tpcomm.create_group_id(
+            config.comm, host=host, nccl_path=self._config.nccl_path or None
+        )
 
     def join(self, group_id: bytes, timeout_s: float) -> float:
         """Becomes part of the group; returns the seconds it took. Collective."""

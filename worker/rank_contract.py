@@ -100,8 +100,8 @@ class Rank(Protocol):
         """Start-up phase 2; the others follow in this order."""
         ...
 
-    def create_group_id(self) -> bytes:
-        """The communicator id that the others will dial."""
+    def create_group_id(self, host: str) -> bytes:
+        """The communicator id that the others will dial; `host` is where they reach this rank."""
         ...
 
     def join(self, group_id: bytes, timeout_s: float) -> float:

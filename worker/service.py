@@ -45,6 +45,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._device_thread = DeviceThread("device", rank.enter_thread)
         self._results_thread = DeviceThread("results", rank.enter_thread)
         self._epoch = 0
+        self._greeting: worker_pb2.HelloRequest | None = None
+        self._epoch_before = 0
         self._stream: ExecuteStream | None = None
         self._last_error = ""
         self._is_in_phase = False
@@ -52,7 +54,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def Hello(
         self, request: worker_pb2.HelloRequest, context: Context
     ) -> worker_pb2.HelloResponse:
-        last_epoch = self._epoch
+        # The answer to a Hello may be late or lost: until a phase follows, it may come again.
+        is_repeated = request == self._greeting
+        last_epoch = self._epoch_before if is_repeated else self._epoch
         if request.version != __version__:
             await _refuse(
                 context, f"coordinator is version {request.version}, worker {__version__}"
@@ -65,7 +69,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             )
         if request.epoch <= last_epoch:
             await _refuse(context, f"epoch {request.epoch} is not above {last_epoch}")
-        self._epoch = request.epoch
+        self._greeting, self._epoch_before, self._epoch = request, last_epoch, request.epoch
         await self._leave_epoch()
         self._rank.rank, self._rank.world_size = request.rank, request.world_size
         self._metrics.set_rank(request.rank)
@@ -80,7 +84,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def CreateGroupId(
         self, request: worker_pb2.CreateGroupIdRequest, context: Context
     ) -> worker_pb2.CreateGroupIdResponse:
-        group_id = await self._phase(request.epoch, context, self._rank.create_group_id)
+        group_id = await self._phase(
+            request.epoch, context, self._rank.create_group_id, request.host
+        )
         return worker_pb2.CreateGroupIdResponse(group_id=group_id)
 
     async def Join(
@@ -195,6 +201,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> T:
         """Runs a phase on the device thread and turns its error into a status."""
         await self._check_epoch(epoch, context)
+        self._greeting = None
         ran = asyncio.wrap_future(self._device_thread.submit(call, *args))
         self._is_in_phase = True
         try:
@@ -203,7 +210,12 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             self._is_in_phase = False
         error = ran.exception()
         if error is not None:
-            _LOG.error("%s failed", call.__name__, exc_info=None if _is_foreseen(error) else error)
+            _LOG.error(
+                "%s failed",  # the coordinator's line says why
+                call.__name__,
+                exc_info=None if _is_foreseen(error) else error,
+                extra={"rank": self._rank.rank, "epoch": epoch},
+            )
             self._fail(f"{call.__name__}: {_describe(error)}")
             await context.abort(_status(error), f"{call.__name__}: {_describe(error)}")
         result = ran.result()

@@ -10,6 +10,7 @@ import uvloop
 
 from coordinator.errors import BadCheckpoint
 from coordinator.frontend.config import FrontendConfig, parse_config
+from coordinator.frontend.errors import TracingUnavailable
 from coordinator.frontend.frontend import Ending, run_frontend
 from coordinator.frontend.server import AddressUnavailable
 from lockstep.daemon.exit_codes import ExitCode
@@ -37,6 +38,8 @@ def main(argv: list[str]) -> int:
         ending = _run(config)
     except (BadCheckpoint, ModelDirError) as error:
         return _refuse(error, ExitCode.CHECKPOINT)
+    except TracingUnavailable as error:
+        return _refuse(error, ExitCode.CONFIG)
     except AddressUnavailable as error:
         return _refuse(error, ExitCode.ADDRESS)
     match ending:

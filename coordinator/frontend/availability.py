@@ -11,6 +11,7 @@ class Availability:
     def __init__(self, health: HealthService) -> None:
         self._health = health
         self._state = engine_pb2.GroupState(cause="the coordinator is starting")
+        self._is_withdrawn = False
         self._is_draining = False
 
     @property
@@ -28,19 +29,25 @@ class Availability:
         """What GetServerInfo answers, readiness included."""
         response = generate_pb2.GetServerInfoResponse()
         response.CopyFrom(self._state.server)
-        response.is_ready = self._state.is_ready and not self._is_draining
+        response.is_ready = self._state.is_ready and not self._is_withdrawn
+        response.is_draining = self._is_withdrawn
         return response
 
     def update(self, state: engine_pb2.GroupState) -> None:
         """Takes over a message of the engine."""
         self._state = state
-        self._health.set_ready(state.is_ready and not self._is_draining)
+        self._health.set_ready(state.is_ready and not self._is_withdrawn)
         self._health.set_ranks({rank.rank: rank.is_up for rank in state.server.ranks})
 
-    def start_draining(self) -> None:
-        """Readiness off, for good."""
-        self._is_draining = True
+    def withdraw(self) -> None:
+        """Readiness off, for good; who has not heard of it yet is still served."""
+        self._is_withdrawn = True
         self._health.set_ready(False)
+
+    def start_draining(self) -> None:
+        """No new requests any more."""
+        self.withdraw()
+        self._is_draining = True
 
     def lose_engine(self, cause: str) -> None:
         """Readiness off: nobody is left to say when it could be on again."""

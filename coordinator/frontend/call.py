@@ -7,6 +7,7 @@ from coordinator.frontend.engine_link import EngineLink
 from coordinator.frontend.errors import EngineLost, RequestFailed
 from coordinator.frontend.request_preparer import PreparedRequest
 from coordinator.frontend.stream import StreamUpdate
+from coordinator.frontend.tracing import RequestFacts
 from coordinator.frontend.trailing_metadata import Metadata, times_metadata
 from protos.lockstep.v1 import engine_pb2, generate_pb2
 
@@ -70,12 +71,28 @@ class Call:
         ended = self._ended[sample_index] if self._ended else None
         return 0 if ended is None else ended.times.cached_token_count
 
-    def metadata(self) -> Metadata:
-        """Where the time of the failed sample, else of sample 0, went; empty while unknown."""
+    @property
+    def facts(self) -> RequestFacts:
+        """The request as it went to the engine."""
+        submits = self._prepared.submits
+        num_prompt_tokens = len(submits[0].prompt_ids) // 4 if submits else 0
+        request_id = self._prepared.started.request_id
+        return RequestFacts(request_id, num_prompt_tokens, self.num_samples)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated so far, by all samples."""
+        return sum(output.num_output_tokens for output in self._prepared.outputs)
+
+    @property
+    def times(self) -> engine_pb2.RequestTimes | None:
+        """Where the time of the failed sample, else of sample 0, went; None while unknown."""
         ended = self._failed or (self._ended[0] if self._ended else None)
-        if ended is None or not ended.HasField("times"):
-            return ()
-        return times_metadata(ended.times)
+        return ended.times if ended is not None and ended.HasField("times") else None
+
+    def metadata(self) -> Metadata:
+        """`times` for the client; empty while unknown."""
+        return () if self.times is None else times_metadata(self.times)
 
     def close(self, reason: str) -> None:
         """Releases what still runs, with `reason`."""

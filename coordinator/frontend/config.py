@@ -30,6 +30,7 @@ class FrontendConfig:
     num_frontends: int
     slow_client_seconds: float
     log_format: str
+    otlp_endpoint: str = ""
 
 
 _FLAGS = (
@@ -43,6 +44,7 @@ _FLAGS = (
     Flag("num-frontends", positive_int, 1, "frontends that share the port"),
     Flag("slow-client-seconds", float_between(0.1, 86400), 30.0, "unread output is kept for"),
     Flag("log-format", choice("text", "json"), "text", "text or json"),
+    Flag("otlp-endpoint", str, "", "collector of traces"),
 )
 _REQUIRED = ("engine_fd", "engine_pid", "model", "served_model_name")
 

@@ -40,7 +40,7 @@ class EngineLink:
         writer: asyncio.StreamWriter,
         silence_timeout_s: float,
         on_state: Callable[[engine_pb2.GroupState], None],
-        on_drain: Callable[[float], None],
+        on_drain: Callable[[engine_pb2.Drain], None],
     ) -> None:
         self._reader = reader
         self._writer = writer
@@ -235,7 +235,7 @@ class EngineLink:
                 if answer is not None and not answer.done():
                     answer.set_result(message.abort_outcome.was_active)
             case "drain":
-                self._on_drain(message.drain.budget_seconds)
+                self._on_drain(message.drain)
             case other:
                 raise AssertionError(f"engine and frontend disagree on EngineMessage: {other}")
 

@@ -7,7 +7,7 @@
         RequestFailed           the engine ended the request with a status
         SlowClient              the client leaves its output unread
 
-`rejections.py` gives each its gRPC status.
+`rejections.py` gives each its gRPC status. TracingUnavailable ends the start.
 """
 
 from coordinator.errors import CoordinatorError
@@ -46,3 +46,7 @@ class SlowClient(CoordinatorError):
             f"the client reads too slowly: {num_unread} tokens unread, more than {most_unread} "
             f"for over {limit_s:g} s (--slow-client-seconds)"
         )
+
+
+class TracingUnavailable(CoordinatorError):
+    """Tracing is configured and its packages are missing; the message says how to get them."""

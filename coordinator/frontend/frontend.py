@@ -1,6 +1,7 @@
 """The life of a frontend process: load, bind, serve, and the three ways it ends."""
 
 import asyncio
+import contextlib
 import enum
 import gc
 import logging
@@ -19,6 +20,8 @@ from coordinator.frontend.health import HealthService
 from coordinator.frontend.request_preparer import RequestPreparer
 from coordinator.frontend.server import bind, build_server
 from coordinator.frontend.slow_clients import SlowClientWatch
+from coordinator.frontend.tracing import Tracer, make_tracer
+from protos.lockstep.v1 import engine_pb2
 
 # For the last messages of streams that have just been ended to reach their clients.
 _FLUSH_SECONDS = 1.0
@@ -35,7 +38,10 @@ class Ending(enum.Enum):
 
 
 class Frontend:
-    """One frontend over one socket to the engine. Made and run on one event loop."""
+    """One frontend over one socket to the engine. Made and run on one event loop.
+
+    Whoever made `tracer` closes it.
+    """
 
     def __init__(
         self,
@@ -44,8 +50,10 @@ class Frontend:
         executor: ThreadPoolExecutor,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        tracer: Tracer | None = None,
     ) -> None:
-        self._drain_budget: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._told_to_drain: asyncio.Future[engine_pb2.Drain] = loop.create_future()
         self._health = HealthService()
         self._availability = Availability(self._health)
         self._link = EngineLink(
@@ -59,6 +67,7 @@ class Frontend:
             preparer,
             text.model_response(config.served_model_name),
             self._slow_clients,
+            tracer,
         )
         self._server = build_server(self._service.handler(), self._health, config.num_frontends)
         self.port = bind(self._server, config.host, config.port, config.num_frontends)
@@ -70,10 +79,10 @@ class Frontend:
         linked = asyncio.create_task(self._link.run())
         watching = asyncio.create_task(self._slow_clients.run())
         try:
-            ends: set[asyncio.Future[Any]] = {linked, self._drain_budget}
+            ends: set[asyncio.Future[Any]] = {linked, self._told_to_drain}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if not linked.done():
-                await self._drain(linked, self._drain_budget.result())
+                await self._drain(linked, self._told_to_drain.result())
             return _ending_of(linked)
         finally:
             linked.cancel()
@@ -81,13 +90,20 @@ class Frontend:
             await asyncio.gather(linked, watching, return_exceptions=True)
             await self._stop_serving()
 
-    def _on_drain(self, budget_s: float) -> None:
+    def _on_drain(self, drain: engine_pb2.Drain) -> None:
         """Readiness goes off before anything else, while the message is being handled."""
-        self._availability.start_draining()
-        if not self._drain_budget.done():
-            self._drain_budget.set_result(budget_s)
+        if drain.pause_seconds > 0:
+            self._availability.withdraw()
+        else:
+            self._availability.start_draining()
+        if not self._told_to_drain.done():
+            self._told_to_drain.set_result(drain)
 
-    async def _drain(self, linked: asyncio.Task[None], budget_s: float) -> None:
+    async def _drain(self, linked: asyncio.Task[None], drain: engine_pb2.Drain) -> None:
+        if drain.pause_seconds > 0:
+            await asyncio.wait({linked}, timeout=drain.pause_seconds)
+            self._availability.start_draining()
+        budget_s = drain.budget_seconds
         _log.info("draining: %d requests, at most %g s", self._link.num_streams, budget_s)
         idle = asyncio.create_task(self._service.wait_until_idle())
         await asyncio.wait({linked, idle}, timeout=budget_s, return_when=asyncio.FIRST_COMPLETED)
@@ -116,14 +132,21 @@ def _ending_of(linked: asyncio.Task[None]) -> Ending:
 
 
 async def run_frontend(config: FrontendConfig, engine_socket: socket.socket) -> Ending:
-    """Runs a frontend on `engine_socket`. Raises BadCheckpoint, AddressUnavailable."""
+    """Runs a frontend on `engine_socket`.
+
+    Raises BadCheckpoint, AddressUnavailable, TracingUnavailable.
+    """
     started = time.monotonic()
+    tracer = make_tracer(config.otlp_endpoint, config.served_model_name)
     text = CheckpointText.load(config.model)
     gc.collect()
     gc.freeze()  # what lives as long as the process need not be looked at again
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as executor:
+    with (
+        contextlib.closing(tracer) if tracer is not None else contextlib.nullcontext(),
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as executor,
+    ):
         reader, writer = await asyncio.open_unix_connection(sock=engine_socket)
-        frontend = Frontend(config, text, executor, reader, writer)
+        frontend = Frontend(config, text, executor, reader, writer, tracer)
         _log.info(
             "listening on %s:%d after %.1f s",
             config.host,

@@ -20,6 +20,7 @@ from coordinator.frontend.errors import SlowClient
 from coordinator.frontend.rejections import answered
 from coordinator.frontend.request_preparer import CallClock, RequestPreparer, check_request_id
 from coordinator.frontend.slow_clients import SlowClientWatch
+from coordinator.frontend.tracing import RequestSpan, Tracer
 from coordinator.frontend.trailing_metadata import frontend_metadata
 from coordinator.frontend.unary_answer import UnaryAnswer
 from coordinator.frontend.wire import deserialiser
@@ -39,12 +40,14 @@ class GenerateService:
         preparer: RequestPreparer,
         model: generate_pb2.GetModelInfoResponse,
         slow_clients: SlowClientWatch,
+        tracer: Tracer | None = None,
     ) -> None:
         self._link = link
         self._availability = availability
         self._preparer = preparer
         self._model = model
         self._slow_clients = slow_clients
+        self._tracer = tracer
         self._num_calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -76,7 +79,10 @@ class GenerateService:
 
     async def generate(self, request: generate_pb2.GenerateRequest, context: Any) -> None:
         """Streams events as fast as the client takes them; what queues meanwhile is joined."""
-        async with self._call(request, context) as call, self._slow_clients.watch(call.streams):
+        async with (
+            self._call("Generate", request, context) as call,
+            self._slow_clients.watch(call.streams),
+        ):
             while not call.is_done:
                 for event in await call.next_events():
                     await context.write(event)
@@ -85,7 +91,7 @@ class GenerateService:
         self, request: generate_pb2.GenerateUnaryRequest, context: Any
     ) -> generate_pb2.GenerateUnaryResponse:
         """The same events, joined."""
-        async with self._call(request.request, context) as call:
+        async with self._call("GenerateUnary", request.request, context) as call:
             answer = UnaryAnswer(call.num_samples)
             while not call.is_done:
                 for event in await call.next_events():
@@ -118,18 +124,20 @@ class GenerateService:
 
     @contextlib.asynccontextmanager
     async def _call(
-        self, request: generate_pb2.GenerateRequest, context: Any
+        self, method: str, request: generate_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[Call]:
         """One call in the engine, for the length of the block; what still runs then is released.
 
         Trailing metadata say where the time went, however it ends.
         """
-        with self._counted_call():
+        with self._counted_call(), self._span(method, context) as span:
             clock = _clock(context)
             self._availability.require_ready()
             prepared = await self._preparer.prepare(request, clock)
             self._availability.require_ready()  # it may have changed while we tokenised
             call = Call(prepared, self._link)
+            if span is not None:
+                span.prepared(call.facts)
             frontend_s = time.monotonic() - clock.arrival_time
             is_slow = False
             try:
@@ -141,7 +149,19 @@ class GenerateService:
             finally:
                 is_late = context.time_remaining() == 0
                 call.close("slow_client" if is_slow else "deadline" if is_late else "cancelled")
-                context.set_trailing_metadata((*frontend_metadata(frontend_s), *call.metadata()))
+                metadata = (*frontend_metadata(frontend_s), *call.metadata())
+                if span is not None:
+                    span.ended(call.times, call.num_output_tokens)
+                    metadata += (("traceparent", span.traceparent),)
+                context.set_trailing_metadata(metadata)
+
+    def _span(
+        self, method: str, context: Any
+    ) -> contextlib.AbstractContextManager[RequestSpan | None]:
+        """The call's span; None where no tracing is configured."""
+        if self._tracer is None:
+            return contextlib.nullcontext()
+        return self._tracer.request(method, context.invocation_metadata())
 
     @contextlib.contextmanager
     def _counted_call(self) -> Iterator[None]:

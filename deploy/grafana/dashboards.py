@@ -16,6 +16,7 @@ FOLDER = Path(__file__).resolve().parent
 _PANEL_HEIGHT = 8
 _GRID_WIDTH = 24
 _ON = 'job=~"$job", model_name=~"$model"'
+_DEVICE, _COMM = ', phase="device"', ', phase="comm"'
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -32,18 +33,25 @@ class Panel:
     minimum: int | None = 0
 
 
-def quantiles(name: str, by: str = "") -> list[tuple[str, str]]:
-    """Median, p90 and p99 of a histogram over all chosen instances."""
-    rate = f"sum by (le{by}) (rate(lockstep_{name}_bucket{{{_ON}}}[$__rate_interval]))"
+def quantiles(name: str, more: str = "") -> list[tuple[str, str]]:
+    """Median, p90 and p99 of a histogram over all chosen instances; `more` selects further."""
+    rate = f"sum by (le) (rate(lockstep_{name}_bucket{{{_ON}{more}}}[$__rate_interval]))"
     return [
         (f"histogram_quantile({share}, {rate})", label)
         for share, label in ((0.5, "median"), (0.9, "p90"), (0.99, "p99"))
     ]
 
 
-def rate(name: str, by: str) -> str:
-    """Events a second, summed by a label."""
-    return f"sum by ({by}) (rate(lockstep_{name}{{{_ON}}}[$__rate_interval]))"
+def rate(name: str, by: str, more: str = "") -> str:
+    """Events a second, summed by a label; `more` selects further."""
+    return f"sum by ({by}) (rate(lockstep_{name}{{{_ON}{more}}}[$__rate_interval]))"
+
+
+def mean_step(phase: str) -> str:
+    """Mean time of a step's phase, by rank."""
+    by, selected = "instance, rank", f', phase="{phase}"'
+    total, count = (rate(f"step_seconds_{part}", by, selected) for part in ("sum", "count"))
+    return f"{total} / {count}"
 
 
 def gauge(name: str, legend: str) -> list[tuple[str, str]]:
@@ -84,8 +92,8 @@ OVERVIEW = (
         "Tokens",
         "short",
         [
-            (rate("generation_tokens_total", "model_name"), "generated a second"),
-            (rate("prompt_tokens_total", "model_name"), "prompt tokens a second"),
+            (rate("generation_tokens_total", "model_name"), "{{model_name}} generated a second"),
+            (rate("prompt_tokens_total", "model_name"), "{{model_name}} prompt tokens a second"),
         ],
     ),
     Panel(
@@ -149,20 +157,51 @@ RANKS = (
     Panel(
         "Mean step on the device",
         "s",
+        [(mean_step("device"), "{{instance}} rank {{rank}}")],
+        text="Ranks wait for each other in every step: a slow one slows all.",
+    ),
+    Panel("Step on the device, all ranks", "s", quantiles("step_seconds", _DEVICE)),
+    Panel(
+        "Share of a step in collectives",
+        "percentunit",
         [
             (
-                f"{rate('step_seconds_sum', 'instance, rank')}"
-                f" / {rate('step_seconds_count', 'instance, rank')}",
+                f"{rate('step_seconds_sum', 'instance, rank', _COMM)}"
+                f" / {rate('step_seconds_sum', 'instance, rank', _DEVICE)}",
                 "{{instance}} rank {{rank}}",
             )
         ],
-        text="Ranks wait for each other in every step: a slow one slows all.",
+        text="Waiting for the others included, so the rank with the lowest share is the slow one. "
+        "Where the communicator measures it.",
     ),
-    Panel("Step on the device, all ranks", "s", quantiles("step_seconds")),
+    Panel(
+        "Mean all-reduce",
+        "s",
+        [
+            (
+                f"{rate('step_seconds_sum', 'instance, rank', _COMM)}"
+                f" / {rate('all_reduces', 'instance, rank')}",
+                "{{instance}} rank {{rank}}",
+            )
+        ],
+        text="Time in collectives by all-reduces, waiting for the others included.",
+    ),
+    Panel(
+        "Mean wait of a step for the device",
+        "s",
+        [(mean_step("queued"), "{{instance}} rank {{rank}}")],
+        text="From a command's arrival to its step's start: some, or the device runs dry.",
+    ),
     Panel(
         "Steps",
         "ops",
-        [(rate("step_seconds_count", "instance, rank"), "{{instance}} rank {{rank}}")],
+        [(rate("step_seconds_count", "instance, rank", _DEVICE), "{{instance}} rank {{rank}}")],
+    ),
+    Panel(
+        "From sending a command to its arrival",
+        "s",
+        quantiles("broadcast_seconds"),
+        text="Ranks of the coordinator's host.",
     ),
     Panel(
         "All-reduces since the group's start",
@@ -182,6 +221,18 @@ RANKS = (
         gauge("command_arrival_skew_seconds", "rank {{rank}}"),
         text="Below 0: sooner than at rank 0. Only ranks on rank 0's host, whose clock they share.",
         minimum=None,
+    ),
+    Panel(
+        "Losses that the rank caused",
+        "short",
+        gauge("rank_losses_total", "rank {{rank}}"),
+        text="Since the coordinator's start. Always the same rank: its device or host.",
+    ),
+    Panel(
+        "Communication paths",
+        "none",
+        gauge("comm_path_usable", "rank {{rank}} {{path}}"),
+        text="1: the path's sums were right at the last start. The log says why where it is 0.",
     ),
     Panel("Memory by kind", "bytes", gauge("memory_bytes", "rank {{rank}} {{kind}}")),
     Panel("Last start by phase", "s", gauge("startup_seconds", "{{phase}}")),
@@ -205,20 +256,12 @@ REQUESTS = (
         text="queue_full, queue_time and deadline are overload, not_ready and draining an outage, "
         "the rest mistakes of clients.",
     ),
-    Panel(
-        "Tokens of a request",
-        "short",
-        [
-            (
-                f"{rate('generation_tokens_total', 'model_name')}"
-                f" / {rate('e2e_request_latency_seconds_count', 'model_name')}",
-                "generated, mean",
-            )
-        ],
-    ),
+    Panel("Prompt tokens of a request", "short", quantiles("request_prompt_tokens")),
+    Panel("Generated tokens of a request", "short", quantiles("request_generation_tokens")),
     Panel("To the first token", "s", quantiles("time_to_first_token_seconds")),
     Panel("In the queue", "s", quantiles("request_queue_time_seconds")),
     Panel("Between tokens", "s", quantiles("inter_token_latency_seconds")),
+    Panel("Prefill", "s", quantiles("request_prefill_time_seconds")),
     Panel("From arrival to end", "s", quantiles("e2e_request_latency_seconds")),
 )
 

@@ -5,6 +5,9 @@ import logging
 import sys
 import time
 
+# What a line is about, where it is about one: given as `extra` where it is logged.
+_FIELDS = ("request_id", "rank", "epoch", "step")
+
 
 class _JsonFormatter(logging.Formatter):
     def __init__(self, role: str) -> None:
@@ -20,6 +23,7 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line |= {name: getattr(record, name) for name in _FIELDS if hasattr(record, name)}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)

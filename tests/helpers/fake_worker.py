@@ -70,6 +70,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.settings = settings
         self.commands: list[worker_pb2.StepCommand] = []
         self.calls: list[str] = []
+        self.meeting_host = ""
         self.config = worker_pb2.EngineConfig()
         self.is_shut_down = asyncio.Event()
         self.address = ""
@@ -134,6 +135,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
 
     async def CreateGroupId(self, request, context):  # type: ignore[no-untyped-def]
         await self._enter("CreateGroupId", context, request.epoch)
+        self.meeting_host = request.host
         return worker_pb2.CreateGroupIdResponse(group_id=b"fake")
 
     async def Join(self, request, context):  # type: ignore[no-untyped-def]

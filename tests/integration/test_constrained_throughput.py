@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.message_client import ids_request
 from protos.lockstep.v1 import generate_pb2
+from tests.helpers.message_client import ids_request
 from tests.helpers.served_group import ServedGroup, value_of
 from tests.integration.test_batching import Stream, with_stub
 from tests.unit.coordinator.grammar.small_grammar import write_model

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from coordinator.frontend.tokenizer import Tokenizer
-from tests.helpers.message_client import ids_request
 from lockstep.daemon.exit_codes import ExitCode
 from protos.lockstep.v1 import generate_pb2
+from tests.helpers.message_client import ids_request
 from tests.helpers.served_group import ServedGroup, value_of
 from tests.helpers.tiny_models import write_tiny_model
 from tests.integration.conftest import CPU_FLAGS

@@ -126,9 +126,15 @@ def test_coordinator_counts_a_request(group: ServedGroup) -> None:
     assert gained("lockstep_time_to_first_token_seconds_count") == 1
     assert gained("lockstep_inter_token_latency_seconds_count") == 6
     assert gained("lockstep_e2e_request_latency_seconds_count") == 1
+    assert gained("lockstep_request_prompt_tokens_sum") == 3
+    assert gained("lockstep_request_generation_tokens_sum") == 7
+    assert gained("lockstep_request_time_per_output_token_seconds_count") == 1
     assert after[finished] == before.get(finished, 0) + 1
+    assert after["lockstep_epoch", ()] > 0 and after["lockstep_kv_cache_blocks", ()] > 1
     for rank in ("0", "1"):
         assert value_of(group.metrics, "lockstep_rank_up", rank=rank) == 1
+        assert value_of(group.metrics, "lockstep_rank_losses_total", rank=rank) == 0
+        assert value_of(group.metrics, "lockstep_broadcast_seconds_count", rank=rank) > 0
 
 
 def test_coordinator_counts_a_refused_request(group: ServedGroup, channel: grpc.Channel) -> None:
@@ -149,6 +155,9 @@ def test_workers_tell_steps_and_memory_by_rank(group: ServedGroup) -> None:
         label = ("rank", str(rank))
         steps = samples["lockstep_step_seconds_count", (("phase", "device"), label)]
         assert steps >= 4
+        assert samples["lockstep_step_seconds_count", (("phase", "queued"), label)] == steps
+        assert samples["lockstep_step_seconds_sum", (("phase", "comm"), label)] > 0
+        assert samples["lockstep_comm_path_usable", (("path", "shm"), label)] == 1
         for kind in ("weights", "kv"):
             assert samples["lockstep_memory_bytes", (("kind", kind), label)] > 0
         assert samples["lockstep_all_reduces", (label,)] > 0

@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers.message_client import ids_request
 from protos.lockstep.v1 import generate_pb2
+from tests.helpers.message_client import ids_request
 from tests.helpers.served_group import ServedGroup, value_of
 from tests.integration.conftest import CPU_FLAGS
 from tests.integration.test_batching import with_stub

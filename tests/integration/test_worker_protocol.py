@@ -208,11 +208,13 @@ def test_a_stale_epoch_and_other_files_and_versions_are_refused(workers: Workers
     with grpc.insecure_channel(workers.addresses[0]) as channel:
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
         stub.Hello(hello, timeout=_LIMIT_S)
-        for change, words in (
-            ({}, ["epoch", str(workers.epoch), "not above"]),
+        refusals: list[tuple[dict[str, object], list[str]]] = [
+            ({"epoch": workers.epoch - 1}, ["epoch", str(workers.epoch), "not above"]),
+            ({"world_size": 2}, ["epoch", str(workers.epoch), "not above"]),
             ({"version": "9.9.9"}, ["9.9.9", __version__]),
             ({"model_digest": "f" * 64}, ["f" * 16, hello.model_digest[:16], "--model"]),
-        ):
+        ]
+        for change, words in refusals:
             wrong = worker_pb2.HelloRequest()
             wrong.CopyFrom(hello)
             for name, value in change.items():

@@ -53,6 +53,7 @@ def test_every_metric_of_the_coordinator_is_documented_and_no_other() -> None:
     )
     for counted in (metrics.request_success, metrics.requests_failed, metrics.requests_rejected):
         counted["any"] += 1
+    metrics.observe_broadcast(0, 0.001)
     with MetricsServer(metrics, "127.0.0.1", 0) as server:
         assert served(server.port) == documented(_PAGE.read_text(), "Coordinator")
 

@@ -57,7 +57,7 @@ class SimulatedRank:
         self.phase = worker_pb2.WORKER_PHASE_LOADED
         return worker_pb2.LoadResponse(vocab_size=self.vocab_size)
 
-    def create_group_id(self) -> bytes:
+    def create_group_id(self, host: str) -> bytes:
         """Stands for no group."""
         return b"simulated"
 

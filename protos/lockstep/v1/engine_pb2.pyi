@@ -196,7 +196,9 @@ class AbortOutcome(_message.Message):
     def __init__(self, query: _Optional[int] = ..., was_active: bool = ...) -> None: ...
 
 class Drain(_message.Message):
-    __slots__ = ("budget_seconds",)
+    __slots__ = ("budget_seconds", "pause_seconds")
     BUDGET_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     budget_seconds: float
-    def __init__(self, budget_seconds: _Optional[float] = ...) -> None: ...
+    pause_seconds: float
+    def __init__(self, budget_seconds: _Optional[float] = ..., pause_seconds: _Optional[float] = ...) -> None: ...

@@ -274,7 +274,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "is_ready", "epoch", "ranks", "running_count", "waiting_count", "block_count", "block_size", "max_num_seqs", "comm_paths")
+    __slots__ = ("version", "is_ready", "epoch", "ranks", "running_count", "waiting_count", "block_count", "block_size", "max_num_seqs", "comm_paths", "kv_cache_usage", "cause", "last_loss", "pid", "pid_start_ticks", "boot_id", "is_draining")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IS_READY_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +285,13 @@ class GetServerInfoResponse(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     COMM_PATHS_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_USAGE_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    LAST_LOSS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    PID_START_TICKS_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
     version: str
     is_ready: bool
     epoch: int
@@ -295,7 +302,14 @@ class GetServerInfoResponse(_message.Message):
     block_size: int
     max_num_seqs: int
     comm_paths: _containers.RepeatedCompositeFieldContainer[CommPath]
-    def __init__(self, version: _Optional[str] = ..., is_ready: bool = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., block_count: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., comm_paths: _Optional[_Iterable[_Union[CommPath, _Mapping]]] = ...) -> None: ...
+    kv_cache_usage: float
+    cause: str
+    last_loss: str
+    pid: int
+    pid_start_ticks: int
+    boot_id: str
+    is_draining: bool
+    def __init__(self, version: _Optional[str] = ..., is_ready: bool = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., block_count: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., comm_paths: _Optional[_Iterable[_Union[CommPath, _Mapping]]] = ..., kv_cache_usage: _Optional[float] = ..., cause: _Optional[str] = ..., last_loss: _Optional[str] = ..., pid: _Optional[int] = ..., pid_start_ticks: _Optional[int] = ..., boot_id: _Optional[str] = ..., is_draining: bool = ...) -> None: ...
 
 class CommPath(_message.Message):
     __slots__ = ("operation", "path", "is_usable", "detail", "serves_up_to_byte_count", "times")
@@ -322,7 +336,14 @@ class CommTime(_message.Message):
     def __init__(self, byte_count: _Optional[int] = ..., microseconds: _Optional[float] = ...) -> None: ...
 
 class RankInfo(_message.Message):
-    __slots__ = ("rank", "address", "pid", "device", "is_up", "local_q_head_count", "local_kv_head_count", "parameter_count", "bytes_read", "all_reduce_count")
+    __slots__ = ("rank", "address", "pid", "device", "is_up", "local_q_head_count", "local_kv_head_count", "parameter_count", "bytes_read", "all_reduce_count", "version", "host", "memory_bytes", "last_error")
+    class MemoryBytesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     RANK_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -333,6 +354,10 @@ class RankInfo(_message.Message):
     PARAMETER_COUNT_FIELD_NUMBER: _ClassVar[int]
     BYTES_READ_FIELD_NUMBER: _ClassVar[int]
     ALL_REDUCE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
     rank: int
     address: str
     pid: int
@@ -343,4 +368,8 @@ class RankInfo(_message.Message):
     parameter_count: int
     bytes_read: int
     all_reduce_count: int
-    def __init__(self, rank: _Optional[int] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., is_up: bool = ..., local_q_head_count: _Optional[int] = ..., local_kv_head_count: _Optional[int] = ..., parameter_count: _Optional[int] = ..., bytes_read: _Optional[int] = ..., all_reduce_count: _Optional[int] = ...) -> None: ...
+    version: str
+    host: str
+    memory_bytes: _containers.ScalarMap[str, int]
+    last_error: str
+    def __init__(self, rank: _Optional[int] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., is_up: bool = ..., local_q_head_count: _Optional[int] = ..., local_kv_head_count: _Optional[int] = ..., parameter_count: _Optional[int] = ..., bytes_read: _Optional[int] = ..., all_reduce_count: _Optional[int] = ..., version: _Optional[str] = ..., host: _Optional[str] = ..., memory_bytes: _Optional[_Mapping[str, int]] = ..., last_error: _Optional[str] = ...) -> None: ...

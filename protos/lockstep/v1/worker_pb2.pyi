@@ -115,10 +115,12 @@ class LoadResponse(_message.Message):
     def __init__(self, local_q_head_count: _Optional[int] = ..., local_kv_head_count: _Optional[int] = ..., parameter_count: _Optional[int] = ..., bytes_read: _Optional[int] = ..., seconds: _Optional[float] = ..., block_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class CreateGroupIdRequest(_message.Message):
-    __slots__ = ("epoch",)
+    __slots__ = ("epoch", "host")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     epoch: int
-    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+    host: str
+    def __init__(self, epoch: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
 
 class CreateGroupIdResponse(_message.Message):
     __slots__ = ("group_id",)

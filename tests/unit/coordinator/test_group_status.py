@@ -32,7 +32,7 @@ def test_a_first_start_names_its_phase() -> None:
 def test_a_restart_says_what_made_it_necessary() -> None:
     status = make_status()
     status.epoch_began(1)
-    status.lost(LOST)
+    status.lost(LOST, rank=1, step=8)
     assert cause(status) == LOST
     status.epoch_began(2)
     status.phase_began("hello")

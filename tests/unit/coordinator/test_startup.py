@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from coordinator.errors import RankLost, StartRefused
-from coordinator.startup import gather_ranks
+from coordinator.startup import gather_ranks, host_of
 from lockstep.daemon.exit_codes import ExitCode
 from tests.helpers.engine_harness import running_group
 from tests.helpers.fake_worker import FakeSettings
@@ -42,6 +42,18 @@ def test_a_rank_that_complains_ends_the_phase_though_others_would_wait() -> None
         asyncio.run(gather_ranks([complain(), wait()]))
 
 
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        ("10.0.0.1:50100", "10.0.0.1"),
+        ("gpu-7.pods:50100", "gpu-7.pods"),
+        ("[fd00::1]:1", "fd00::1"),
+    ],
+)
+def test_ranks_meet_at_the_host_of_an_address(address: str, host: str) -> None:
+    assert host_of(address) == host
+
+
 def test_phases_come_in_order_on_every_rank_and_are_timed() -> None:
     async def run() -> None:
         settings = [FakeSettings(num_blocks=70), FakeSettings(num_blocks=50)]
@@ -49,6 +61,7 @@ def test_phases_come_in_order_on_every_rank_and_are_timed() -> None:
             phases = ["Hello", "Load", "Join", "Preflight", "Capture", "InitKvCache"]
             assert group.workers[1].calls[: len(phases)] == phases
             assert group.workers[0].calls[2] == "CreateGroupId"
+            assert group.workers[0].meeting_host == "127.0.0.1"
             config = group.workers[1].config
             assert config == group.workers[0].config
             assert (config.dtype, config.comm, config.max_model_len) == ("float32", "gloo", 180)

@@ -111,7 +111,8 @@ def test_a_pod_lives_long_enough_to_drain(pod: Pod, container: dict[str, Any]) -
     environ = pod.environ(container)
     pause = container.get("lifecycle", {"preStop": {"sleep": {"seconds": 0}}})["preStop"]["sleep"]
     if words[0] == "coordinator":
-        takes = coordinator_config(words[1:], environ).drain_seconds + _DRAIN_MARGIN_S
+        config = coordinator_config(words[1:], environ)
+        takes = config.withdrawal_seconds + config.drain_seconds + _DRAIN_MARGIN_S
     elif words[0] == "serve":
         group = group_spec(serve_config(words[1:], environ), Path("/m"), {})
         takes = group.drain_timeout_s + group.worker_stop_timeout_s
@@ -193,7 +194,8 @@ def test_the_units_limits_fit_the_settings() -> None:
     config: CoordinatorConfig = coordinator_config(words[1:], environ)
     given = {key: values[0] for key, values in unit("lockstep-coordinator.service").items()}
     assert float(given["TimeoutStartSec"]) > config.startup_timeout
-    assert float(given["TimeoutStopSec"]) > config.drain_seconds + 2 * _DRAIN_MARGIN_S
+    takes = config.withdrawal_seconds + config.drain_seconds + 2 * _DRAIN_MARGIN_S
+    assert float(given["TimeoutStopSec"]) > takes
     assert float(given["WatchdogSec"]) > config.step_timeout
     worker = {key: values[0] for key, values in unit("lockstep-worker@.service").items()}
     assert float(worker["WatchdogSec"]) > config.step_timeout

@@ -197,7 +197,10 @@ async def within(awaitable: Awaitable[T], timeout_s: float = WAIT_S) -> T:
 
 
 def frontend_config(
-    model: Path, silence_timeout: float = 60.0, slow_client_seconds: float = 60.0
+    model: Path,
+    silence_timeout: float = 60.0,
+    slow_client_seconds: float = 60.0,
+    otlp_endpoint: str = "",
 ) -> FrontendConfig:
     """Settings of a frontend on any port; its engine is this process."""
     return FrontendConfig(
@@ -211,6 +214,7 @@ def frontend_config(
         num_frontends=1,
         slow_client_seconds=slow_client_seconds,
         log_format="text",
+        otlp_endpoint=otlp_endpoint,
     )
 
 
@@ -220,6 +224,7 @@ async def serving(
     silence_timeout: float = 60.0,
     is_ready: bool = True,
     slow_client_seconds: float = 60.0,
+    otlp_endpoint: str = "",
 ) -> AsyncIterator[Served]:
     """Runs a frontend for the length of the block; afterwards it has ended."""
     ours, theirs = socket.socketpair()
@@ -228,7 +233,7 @@ async def serving(
     reader, writer = await asyncio.open_unix_connection(sock=ours)
     engine = FakeEngine(reader, writer)
     listening = asyncio.create_task(engine.listen())
-    config = frontend_config(model, silence_timeout, slow_client_seconds)
+    config = frontend_config(model, silence_timeout, slow_client_seconds, otlp_endpoint)
     ending = asyncio.create_task(run_frontend(config, theirs))
     try:
         await within(engine.listening.wait())

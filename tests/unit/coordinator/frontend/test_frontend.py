@@ -154,6 +154,26 @@ def test_drain_goes_not_serving_finishes_streams_refuses_calls_and_ends(model: P
     asyncio.run(main())
 
 
+def test_calls_are_taken_during_the_pause_before_a_drain_and_health_is_off(model: Path) -> None:
+    async def main() -> None:
+        async with serving(model) as served:
+            watch = HealthWatch(served, "")
+            assert await watch.next() == SERVING
+            served.engine.send(drain=engine_pb2.Drain(budget_seconds=60.0, pause_seconds=2.0))
+            assert await watch.next() == NOT_SERVING
+            info = await within(served.stub.GetServerInfo(generate_pb2.GetServerInfoRequest()))
+            assert (info.is_ready, info.is_draining) == (False, True)
+            call = served.stub.Generate(request())
+            submit = await served.engine.next_submit()
+            served.engine.end(submit.handle)
+            assert (await within(collect(call)))[-1].HasField("finished")
+            # Nothing runs, and still it waits for those who come before the pause is over.
+            assert not served.ending.done()
+            assert await within(served.ending) == Ending.DRAINED
+
+    asyncio.run(main())
+
+
 def test_drain_ends_streams_that_outlast_its_budget(model: Path) -> None:
     async def main() -> None:
         async with serving(model) as served:

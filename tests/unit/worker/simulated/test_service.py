@@ -46,10 +46,8 @@ class Served:
     rank: int = 0
     epoch: int = 0
 
-    async def new_epoch(self) -> CommandMaker:
-        """Takes the rank through all phases."""
-        self.epoch += 1
-        epoch = self.epoch
+    def hello(self, epoch: int, **changes: int) -> worker_pb2.HelloRequest:
+        """The first message of an epoch."""
         hello = worker_pb2.HelloRequest(
             version=__version__,
             model_digest=_DIGEST,
@@ -57,6 +55,14 @@ class Served:
             rank=self.rank,
             world_size=self.rank + 1,
         )
+        hello.MergeFrom(worker_pb2.HelloRequest(**changes))  # type: ignore[arg-type]
+        return hello
+
+    async def new_epoch(self) -> CommandMaker:
+        """Takes the rank through all phases."""
+        self.epoch += 1
+        epoch = self.epoch
+        hello = self.hello(epoch)
         blocks = command_fuzz.NUM_BLOCKS
         calls = (
             (self.stub.Hello, hello),
@@ -116,6 +122,30 @@ def whole_history(maker: CommandMaker) -> list[StepCommand]:
     history = command_fuzz.valid_deltas(random.Random(5))
     commands = [maker.next(delta, steps) for delta, steps in history]
     return [*commands, maker.next(TableDelta(), 0)]
+
+
+def test_a_hello_may_be_repeated_until_a_phase_follows_and_no_other_of_its_epoch(
+    tmp_path: Path,
+) -> None:
+    async def drive() -> None:
+        async with served(tmp_path) as worker:
+            await worker.new_epoch()
+
+            async def refused(request: worker_pb2.HelloRequest) -> None:
+                with pytest.raises(grpc.aio.AioRpcError, match="is not above"):
+                    await worker.stub.Hello(request, timeout=_LIMIT_S)
+
+            await refused(worker.hello(1))
+            for _ in range(2):
+                answer = await worker.stub.Hello(worker.hello(2), timeout=_LIMIT_S)
+                assert answer.last_epoch == 1
+            # Another coordinator's, who would begin the same epoch.
+            await refused(worker.hello(2, rank=1, world_size=2))
+            load = worker_pb2.LoadRequest(epoch=2, config=_CONFIG)
+            await worker.stub.Load(load, timeout=_LIMIT_S)
+            await refused(worker.hello(2))
+
+    asyncio.run(drive())
 
 
 def test_reports_carry_arrival_and_idle_time(tmp_path: Path) -> None:
