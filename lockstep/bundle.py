@@ -21,12 +21,11 @@ from pathlib import Path
 
 import grpc
 
-from lockstep.client import Client
+from lockstep.client import CallFailed, Client, ServerInfo
 from lockstep.daemon.version import __version__
-from lockstep.errors import CallFailed
 from lockstep.redact import Redactor
 from lockstep.status import as_json, render
-from protos.lockstep.v1 import generate_pb2, worker_pb2, worker_pb2_grpc
+from protos.lockstep.v1 import worker_pb2, worker_pb2_grpc
 
 FOLDER = "lockstep-bundle"
 _TAIL_BYTES = 1 << 20
@@ -118,7 +117,7 @@ def _variables(environ: Mapping[str, str]) -> str:
     return "".join(f"{name}={value}\n" for name, value in sorted(chosen.items()))
 
 
-def _add_server(bundle: Bundle, address: str) -> generate_pb2.GetServerInfoResponse | None:
+def _add_server(bundle: Bundle, address: str) -> ServerInfo | None:
     try:
         with Client(address) as client:
             server, model = client.server_info(), client.model_info()
@@ -130,7 +129,7 @@ def _add_server(bundle: Bundle, address: str) -> generate_pb2.GetServerInfoRespo
     return server
 
 
-def _add_processes(bundle: Bundle, server: generate_pb2.GetServerInfoResponse) -> None:
+def _add_processes(bundle: Bundle, server: ServerInfo) -> None:
     """Command line, settings and memory of the daemons that run on this host."""
     here = {rank.pid: f"rank {rank.rank}" for rank in server.ranks if rank.host == _host()}
     for pid, name in {server.pid: "coordinator", **here}.items():
@@ -149,7 +148,7 @@ def _add_processes(bundle: Bundle, server: generate_pb2.GetServerInfoResponse) -
         bundle.add(f"processes/{name.replace(' ', '-')}.txt", text)
 
 
-def _add_recorders(bundle: Bundle, server: generate_pb2.GetServerInfoResponse) -> None:
+def _add_recorders(bundle: Bundle, server: ServerInfo) -> None:
     """Each rank's last collectives, where its version records them."""
     for rank in server.ranks:
         options = [("grpc.enable_http_proxy", 0)]
@@ -165,7 +164,7 @@ def _add_recorders(bundle: Bundle, server: generate_pb2.GetServerInfoResponse) -
         bundle.add(f"recorders/rank-{rank.rank}.json", answer.json)
 
 
-def _metrics_addresses(server: generate_pb2.GetServerInfoResponse | None) -> list[str]:
+def _metrics_addresses(server: ServerInfo | None) -> list[str]:
     """The default ports: 9851, and 9860 + rank at each rank's host."""
     ranks = server.ranks if server is not None else ()
     workers = [f"{each.address.rpartition(':')[0]}:{9860 + each.rank}" for each in ranks]

@@ -1,6 +1,7 @@
 """Command-line flags of a connection, for the commands that call a server."""
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,14 +19,19 @@ def add_address_flag(parser: argparse._ActionsContainer) -> None:
 
 
 def add_connection_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds --address, --timeout, --retries, --resume, --api-key-file and --tls with its files."""
-    group = parser.add_argument_group("connection")
-    add_address_flag(group)
+    """As `add_reach_flags`, and --timeout, --retries and --resume."""
+    group = add_reach_flags(parser)
     group.add_argument("--timeout", type=float, metavar="S", help="limit for an answer, seconds")
     text = "attempts beyond the first while the server is full or away (default: 0)"
     group.add_argument("--retries", type=int, default=0, metavar="N", help=text)
     text = "an answer that breaks off goes on where it was, within --retries"
     group.add_argument("--resume", action="store_true", help=text)
+
+
+def add_reach_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds --address, --api-key-file and --tls with its files; returns their group."""
+    group = parser.add_argument_group("connection")
+    add_address_flag(group)
     text = f"file that holds the API key (default: the variable {_KEY_VARIABLE}, if set)"
     group.add_argument("--api-key-file", type=Path, metavar="FILE", help=text)
     group.add_argument("--tls", action="store_true", help="encrypt, with the system's certificates")
@@ -35,20 +41,25 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-key", type=Path, metavar="FILE", help="the key of --tls-cert")
     text = "name in the server's certificate (default: the host of --address)"
     group.add_argument("--tls-server-name", metavar="NAME", help=text)
+    return group
 
 
 def client_config(options: argparse.Namespace, environ: Mapping[str, str]) -> ClientConfig:
-    """Raises ConfigError for what does not fit together or cannot be read."""
+    """Of `add_connection_flags`. Raises ConfigError for what does not fit or cannot be read."""
     if options.retries < 0:
         raise ConfigError(f"--retries is {options.retries}; it must be at least 0")
     given = {} if options.timeout is None else {"timeout_s": options.timeout}
-    return ClientConfig(
-        tls=_tls(options),
-        api_key=_api_key(options.api_key_file, environ),
+    return dataclasses.replace(
+        reach_config(options, environ),
         retry=RetryPolicy(max_attempts=1 + options.retries),
         resume=options.resume,
         **given,
     )
+
+
+def reach_config(options: argparse.Namespace, environ: Mapping[str, str]) -> ClientConfig:
+    """Of `add_reach_flags`. Raises ConfigError as `client_config`."""
+    return ClientConfig(tls=_tls(options), api_key=_api_key(options.api_key_file, environ))
 
 
 def _tls(options: argparse.Namespace) -> Tls | None:

@@ -14,11 +14,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.client import Client
+from lockstep.client import CallFailed, Client, ConfigError, ServerInfo
+from lockstep.connection_flags import add_reach_flags, reach_config
+from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.process_identity import boot_id, start_ticks
-from lockstep.errors import CallFailed, LockstepError
-from lockstep.generate import add_address_flag
-from protos.lockstep.v1 import generate_pb2
+from lockstep.errors import LockstepError
 
 _POLL_S = 0.2
 
@@ -34,21 +34,24 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_address_flag(parser)
+    add_reach_flags(parser)
     text = "seconds to wait for its end (default: 600)"
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help=text)
     options = parser.parse_args(list(argv))
     try:
-        with Client(options.address) as client:
+        with Client(options.address, reach_config(options, os.environ)) as client:
             server = client.server_info()
             tell(server)
             return _wait(client, server, options.timeout)
+    except ConfigError as error:
+        _say(str(error))
+        return ExitCode.CONFIG
     except (CallFailed, DrainRefused) as error:
         _say(str(error))
         return 1
 
 
-def tell(server: generate_pb2.GetServerInfoResponse) -> None:
+def tell(server: ServerInfo) -> None:
     """Sends SIGTERM to the coordinator that said this of itself. Raises DrainRefused."""
     if server.boot_id != boot_id() or start_ticks(server.pid) != server.pid_start_ticks:
         raise DrainRefused(
@@ -64,7 +67,7 @@ def tell(server: generate_pb2.GetServerInfoResponse) -> None:
     _say(f"told process {server.pid}, {_in_flight(server)}")
 
 
-def _wait(client: Client, server: generate_pb2.GetServerInfoResponse, limit_s: float) -> int:
+def _wait(client: Client, server: ServerInfo, limit_s: float) -> int:
     deadline = time.monotonic() + limit_s
     said = _in_flight(server)
     while is_running(server.pid, server.pid_start_ticks):
@@ -94,7 +97,7 @@ def is_running(pid: int, ticks: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
-def _in_flight(server: generate_pb2.GetServerInfoResponse) -> str:
+def _in_flight(server: ServerInfo) -> str:
     return f"{server.running_count} requests running, {server.waiting_count} waiting"
 
 

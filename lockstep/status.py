@@ -1,28 +1,30 @@
 """`lockstep status`: how a server is - ranks, versions, health, load, memory, last errors."""
 
 import argparse
+import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from google.protobuf import json_format
-
-from lockstep.client import Client
-from lockstep.errors import CallFailed
-from lockstep.generate import add_address_flag
+from lockstep.client import CallFailed, Client, ConfigError, ModelInfo, RankInfo, ServerInfo
+from lockstep.connection_flags import add_reach_flags, reach_config
+from lockstep.daemon.exit_codes import ExitCode
 from lockstep.table import format_table
-from protos.lockstep.v1 import generate_pb2
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the status; returns 0 if requests can be answered, else 1."""
+    """Prints the status; returns 0 if requests can be answered, 1 if not, 2 for bad settings."""
     parser = argparse.ArgumentParser(prog="lockstep status", description=__doc__)
-    add_address_flag(parser)
+    add_reach_flags(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object in place of a table")
     options = parser.parse_args(list(argv))
     try:
-        with Client(options.address) as client:
+        with Client(options.address, reach_config(options, os.environ)) as client:
             server, model = client.server_info(), client.model_info()
+    except ConfigError as error:
+        print(f"lockstep status: {error}", file=sys.stderr)
+        return ExitCode.CONFIG
     except CallFailed as error:
         print(f"lockstep status: {error}", file=sys.stderr)
         return 1
@@ -30,24 +32,13 @@ def main(argv: Sequence[str]) -> int:
     return 0 if server.is_ready else 1
 
 
-def as_json(
-    server: generate_pb2.GetServerInfoResponse, model: generate_pb2.GetModelInfoResponse
-) -> str:
+def as_json(server: ServerInfo, model: ModelInfo) -> str:
     """Both answers as one object, by the fields' names in the .proto file."""
-    parts = {
-        name: json_format.MessageToDict(
-            message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-        )
-        for name, message in (("server", server), ("model", model))
-    }
+    parts = {"server": dataclasses.asdict(server), "model": dataclasses.asdict(model)}
     return json.dumps(parts, indent=2)
 
 
-def render(
-    address: str,
-    server: generate_pb2.GetServerInfoResponse,
-    model: generate_pb2.GetModelInfoResponse,
-) -> str:
+def render(address: str, server: ServerInfo, model: ModelInfo) -> str:
     """The server in a few lines, then its ranks, a line each, then their last errors."""
     lines = [
         f"server     {address}, lockstep {server.version}, {_health(server)}",
@@ -64,13 +55,13 @@ def render(
     return "\n".join([*lines, *([""] if errors else []), *errors])
 
 
-def _health(server: generate_pb2.GetServerInfoResponse) -> str:
+def _health(server: ServerInfo) -> str:
     if server.is_draining:
         return "NOT_SERVING: draining"
     return "SERVING" if server.is_ready else f"NOT_SERVING: {server.cause or 'no cause given'}"
 
 
-def _ranks(ranks: Sequence[generate_pb2.RankInfo]) -> str:
+def _ranks(ranks: Sequence[RankInfo]) -> str:
     header = ("rank", "address", "host", "pid", "version", "device", "state", "memory")
     rows = [
         (

@@ -10,6 +10,8 @@ from lockstep.client.config import ClientConfig, RetryPolicy, Tls
 from lockstep.client.generation import Generation
 from lockstep.client.requests import Chat, ChatMessage, GenerateRequest, Prompt, SamplingParams
 from lockstep.client.results import (
+    CommPath,
+    CommTime,
     Completion,
     Delta,
     Finished,
@@ -60,6 +62,8 @@ __all__ = [
     "Overloaded",
     "Prompt",
     "PromptLogprobs",
+    "CommPath",
+    "CommTime",
     "RankInfo",
     "RetryPolicy",
     "Sample",

@@ -1,5 +1,6 @@
 """What a server answers. Names and units are those of protos/lockstep/v1/generate.proto."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -126,6 +127,30 @@ class RankInfo:
     parameter_count: int
     bytes_read: int
     all_reduce_count: int
+    version: str
+    host: str
+    memory_bytes: Mapping[str, int]
+    last_error: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommTime:
+    """How long a collective of one size takes."""
+
+    byte_count: int
+    microseconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CommPath:
+    """One way of one collective."""
+
+    operation: str
+    path: str
+    is_usable: bool
+    detail: str
+    serves_up_to_byte_count: int
+    times: tuple[CommTime, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +166,14 @@ class ServerInfo:
     block_count: int
     block_size: int
     max_num_seqs: int
+    comm_paths: tuple[CommPath, ...]
+    kv_cache_usage: float
+    cause: str
+    last_loss: str
+    pid: int
+    pid_start_ticks: int
+    boot_id: str
+    is_draining: bool
 
 
 @dataclass(frozen=True, slots=True)

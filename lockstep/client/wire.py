@@ -156,5 +156,7 @@ def _value(hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)[0]
         return tuple(_value(inner, item) for item in value)
+    if typing.get_origin(hint) is Mapping:
+        return dict(value)
     is_message = isinstance(hint, type) and dataclasses.is_dataclass(hint)
     return _decoded(hint, value) if is_message else value

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.client import Client, chat_request, ids_request
 from lockstep.errors import CallFailed
+from tests.helpers.message_client import Client, chat_request, ids_request
 from tests.helpers.network_hosts import ADDRESSES, PUBLIC, NetworkHosts
 from tests.helpers.served_group import serve_environ
 from tests.integration.chaos_support import running_streams, wait_until

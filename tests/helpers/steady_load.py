@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import grpc
 
-from lockstep.client import ids_request
 from protos.lockstep.v1 import generate_pb2, generate_pb2_grpc
+from tests.helpers.message_client import ids_request
 
 _CALL_LIMIT_S = 300.0
 _OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.min_reconnect_backoff_ms", 100)]

@@ -13,9 +13,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lockstep.client import Client, ids_request
 from lockstep.errors import CallFailed
 from protos.lockstep.v1 import generate_pb2
+from tests.helpers.message_client import Client, ids_request
 from tests.helpers.served_group import ServedGroup
 from tests.helpers.tiny_models import write_tiny_model
 from tests.integration.chaos_support import running_streams

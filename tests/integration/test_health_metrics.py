@@ -157,7 +157,12 @@ def test_workers_tell_steps_and_memory_by_rank(group: ServedGroup) -> None:
         assert steps >= 4
         assert samples["lockstep_step_seconds_count", (("phase", "queued"), label)] == steps
         assert samples["lockstep_step_seconds_sum", (("phase", "comm"), label)] > 0
-        assert samples["lockstep_comm_path_usable", (("path", "shm"), label)] == 1
+        assert (
+            samples[
+                "lockstep_comm_path_usable", (("operation", "all_reduce"), ("path", "shm"), label)
+            ]
+            == 1
+        )
         for kind in ("weights", "kv"):
             assert samples["lockstep_memory_bytes", (("kind", kind), label)] > 0
         assert samples["lockstep_all_reduces", (label,)] > 0

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.client import text_request
 from lockstep.daemon.version import __version__
+from tests.helpers.message_client import text_request
 from tests.helpers.served_group import ServedGroup, serve_environ, value_of
 from tests.integration.chaos_support import running_streams, wait_until
 

@@ -5,15 +5,17 @@ import os
 
 import pytest
 
+from lockstep.client import ServerInfo
+from lockstep.client.wire import model_info_of, server_info_of
 from lockstep.daemon.process_identity import boot_id, start_ticks
 from lockstep.drain import DrainRefused, is_running, tell
 from lockstep.status import as_json, render
 from protos.lockstep.v1 import generate_pb2
 
-MODEL = generate_pb2.GetModelInfoResponse(model="m", max_model_len=4096)
+MODEL = model_info_of(generate_pb2.GetModelInfoResponse(model="m", max_model_len=4096))
 
 
-def server(**changes: object) -> generate_pb2.GetServerInfoResponse:
+def server(**changes: object) -> ServerInfo:
     ranks = [
         generate_pb2.RankInfo(
             rank=0,
@@ -30,7 +32,7 @@ def server(**changes: object) -> generate_pb2.GetServerInfoResponse:
     given: dict[str, object] = {"version": "0.1.0", "is_ready": True, "epoch": 7, "ranks": ranks}
     given |= {"running_count": 3, "max_num_seqs": 256, "waiting_count": 2, "block_size": 16}
     given |= {"block_count": 100, "kv_cache_usage": 0.125} | changes
-    return generate_pb2.GetServerInfoResponse(**given)  # type: ignore[arg-type]
+    return server_info_of(generate_pb2.GetServerInfoResponse(**given))  # type: ignore[arg-type]
 
 
 def test_ranks_load_memory_and_last_errors_are_shown() -> None:
