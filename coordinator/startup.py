@@ -254,6 +254,8 @@ class Startup:
             # Hello's two refusals differ in nothing but their words.
             is_checkpoint = method == "Hello" and "digest" in details
             return StartRefused(ExitCode.CHECKPOINT if is_checkpoint else ExitCode.CONFIG, where)
+        if code is grpc.StatusCode.UNAUTHENTICATED:
+            return StartRefused(ExitCode.CONFIG, where)
         if code is grpc.StatusCode.INTERNAL and not self._is_restart:
             # The device or library is missing something. After a lost rank it may only be that the
             # old process has not let go of its memory yet.

@@ -5,8 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from lockstep.client import Client, chat_request
-from lockstep.errors import CallFailed
-from lockstep.generate import add_address_flag, stream_text
+from lockstep.connection import Connection, add_connection_flags
+from lockstep.daemon.exit_codes import ExitCode
+from lockstep.errors import CallFailed, ConfigError
+from lockstep.generate import stream_text
 from lockstep.sampling_flags import (
     add_request_flags,
     add_sampling_flags,
@@ -16,11 +18,16 @@ from lockstep.sampling_flags import (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Talks until the input ends; returns 0, or 1 when a call failed."""
+    """Talks until the input ends; returns 0, 1 when a call failed, 2 for wrong flags."""
     options = _parser().parse_args(argv)
+    try:
+        connection = Connection.of_options(options)
+    except ConfigError as error:
+        print(f"lockstep chat: {error}", file=sys.stderr)
+        return ExitCode.CONFIG
     messages = [{"role": "system", "content": options.system}] if options.system else []
     params = sampling_params(options)
-    with Client(options.address) as client:
+    with Client(connection) as client:
         while (question := _ask()) is not None:
             if not question.strip():
                 continue
@@ -55,7 +62,7 @@ def _ask() -> str | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lockstep chat", description=__doc__)
-    add_address_flag(parser)
+    add_connection_flags(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--timeout", type=float, metavar="S", help="limit for an answer, seconds")
     add_sampling_flags(parser)

@@ -14,6 +14,7 @@ _COMMANDS = {
     "simulate": ("lockstep.simulate", "serve a model without computing it: for load tests"),
     "workers": ("lockstep.workers", "run the workers of this host for a coordinator elsewhere"),
     "health": ("lockstep.health", "ask a server whether it lives or is ready"),
+    "api-key": ("lockstep.api_key", "make an API key and its line for --api-keys"),
     "generate": ("lockstep.generate", "send one prompt to a server"),
     "chat": ("lockstep.chat", "talk to a server"),
     "demo": ("lockstep.demo", "a small real model on two ranks answers a question"),

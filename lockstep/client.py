@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import grpc
 
+from lockstep.connection import Connection
 from lockstep.errors import CallFailed
 from protos.lockstep.v1 import generate_pb2, generate_pb2_grpc
 
@@ -68,9 +69,13 @@ class Generation:
 class Client:
     """A connection to one server. Closed by `close` or at the end of a `with` block."""
 
-    def __init__(self, address: str) -> None:
-        """`address` is host:port; nothing is sent yet. Proxies of the environment are not used."""
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+    def __init__(self, server: str | Connection) -> None:
+        """`server` is host:port, or says more; nothing is sent yet.
+
+        Proxies of the environment are not used.
+        """
+        connection = Connection(server) if isinstance(server, str) else server
+        self._channel = connection.channel(_OPTIONS)
         self._stub = generate_pb2_grpc.GenerateServiceStub(self._channel)
 
     def __enter__(self) -> Self:

@@ -5,7 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from lockstep.client import Client, Generation, chat_request, ids_request, text_request
-from lockstep.errors import CallFailed
+from lockstep.connection import Connection, add_connection_flags
+from lockstep.daemon.exit_codes import ExitCode
+from lockstep.errors import CallFailed, ConfigError
 from lockstep.sampling_flags import (
     add_request_flags,
     add_sampling_flags,
@@ -14,14 +16,18 @@ from lockstep.sampling_flags import (
 )
 from protos.lockstep.v1 import generate_pb2
 
-_DEFAULT_ADDRESS = "127.0.0.1:50051"
 _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one request; returns 0, 1 if the call failed, 130 if it was interrupted."""
+    """Runs one request; returns 0, 1 if the call failed, 2 for wrong flags, 130 if interrupted."""
     options = _parser().parse_args(argv)
-    with Client(options.address) as client:
+    try:
+        connection = Connection.of_options(options)
+    except ConfigError as error:
+        print(f"lockstep generate: {error}", file=sys.stderr)
+        return ExitCode.CONFIG
+    with Client(connection) as client:
         generation = client.generate(_request(options), options.timeout)
         try:
             if options.n is not None and options.n > 1:
@@ -44,12 +50,6 @@ def main(argv: Sequence[str]) -> int:
     if options.verbose:
         print(_summary(generation), file=sys.stderr)
     return 0
-
-
-def add_address_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds --address."""
-    text = f"host:port of the server (default: {_DEFAULT_ADDRESS})"
-    parser.add_argument("--address", default=_DEFAULT_ADDRESS, metavar="HOST:PORT", help=text)
 
 
 def stream_text(generation: Generation) -> str:
@@ -127,7 +127,7 @@ def _times(generation: Generation) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lockstep generate", description=__doc__)
-    add_address_flag(parser)
+    add_connection_flags(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument("--token-ids", type=_token_ids, metavar="1,2,3", help="ids to continue")

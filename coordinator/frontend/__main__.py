@@ -9,6 +9,7 @@ import sys
 import uvloop
 
 from coordinator.errors import BadCheckpoint
+from coordinator.frontend.api_keys import ApiKeysError
 from coordinator.frontend.config import FrontendConfig, parse_config
 from coordinator.frontend.frontend import Ending, run_frontend
 from coordinator.frontend.server import AddressUnavailable
@@ -17,6 +18,7 @@ from lockstep.daemon.flags import FlagError
 from lockstep.daemon.logs import configure_logging
 from lockstep.daemon.model_digest import ModelDirError
 from lockstep.daemon.parent_death import die_with_parent
+from lockstep.daemon.tls_files import TlsFileError
 
 _ENGINE_ENDED = 1
 
@@ -37,6 +39,8 @@ def main(argv: list[str]) -> int:
         ending = _run(config)
     except (BadCheckpoint, ModelDirError) as error:
         return _refuse(error, ExitCode.CHECKPOINT)
+    except (FlagError, TlsFileError, ApiKeysError) as error:
+        return _refuse(error, ExitCode.CONFIG)
     except AddressUnavailable as error:
         return _refuse(error, ExitCode.ADDRESS)
     match ending:

@@ -34,17 +34,23 @@ class Availability:
     def update(self, state: engine_pb2.GroupState) -> None:
         """Takes over a message of the engine."""
         self._state = state
-        self._health.set_ready(state.is_ready and not self._is_draining)
+        self._tell_ready()
         self._health.set_ranks({rank.rank: rank.is_up for rank in state.server.ranks})
 
     def start_draining(self) -> None:
         """Readiness off, for good."""
         self._is_draining = True
-        self._health.set_ready(False)
+        self._tell_ready()
 
     def lose_engine(self, cause: str) -> None:
         """Readiness off: nobody is left to say when it could be on again."""
         self.update(engine_pb2.GroupState(cause=cause, server=self._state.server))
+
+    def _tell_ready(self) -> None:
+        if self._is_draining:
+            self._health.set_ready(False, "the server is stopping and takes no new requests")
+        else:
+            self._health.set_ready(self._state.is_ready, self._state.cause)
 
     def require_ready(self) -> None:
         """Raises Draining or NotReady."""

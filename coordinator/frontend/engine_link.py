@@ -120,14 +120,17 @@ class EngineLink:
         """Nobody waits any more for what the engine answers to a release."""
         self._released.pop(stream.handle, None)
 
-    async def abort(self, request_id: str, timeout_s: float) -> bool:
-        """Aborts by name; True if it was in flight. Raises EngineLost, also without an answer."""
+    async def abort(self, request_id: str, timeout_s: float, tenant: str = "") -> bool:
+        """Aborts a tenant's request by name; True if it was in flight.
+
+        Raises EngineLost, also without an answer.
+        """
         if self._lost is not None:
             raise self._lost
         query = next(self._queries)
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._abort_answers[query] = answer
-        abort = engine_pb2.AbortByName(query=query, request_id=request_id)
+        abort = engine_pb2.AbortByName(query=query, request_id=request_id, tenant=tenant)
         self._send(engine_pb2.FrontendMessage(abort=abort))
         try:
             async with asyncio.timeout(timeout_s):

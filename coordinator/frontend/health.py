@@ -11,6 +11,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 LIVENESS = "liveness"
+CAUSE_KEY = "lockstep-cause"
+_MAX_CAUSE_CHARS = 1000
 _READINESS_NAMES = ("", "readiness", "lockstep.v1.GenerateService")
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -22,18 +24,21 @@ class HealthService(health_pb2_grpc.HealthServicer):
     """What load balancers and probes ask.
 
     Names: "", `readiness` and the service's own (can answer), `liveness` (the event loop runs),
-    `rank/<r>`.
+    `rank/<r>`. What is not SERVING has its cause in the trailing metadata `lockstep-cause`, of each
+    Check and of a Watch that ends.
 
     All methods run on the server's event loop. Answers cost no request to the engine.
     """
 
     def __init__(self) -> None:
         self._statuses = {LIVENESS: _SERVING} | dict.fromkeys(_READINESS_NAMES, _NOT_SERVING)
+        self._cause = ""
         self._changed = asyncio.Event()
         self._is_closed = False
 
-    def set_ready(self, is_ready: bool) -> None:
-        """Says whether requests can be answered."""
+    def set_ready(self, is_ready: bool, cause: str = "") -> None:
+        """Says whether requests can be answered, and if not, why."""
+        self._cause = "" if is_ready else cause
         self._update(dict.fromkeys(_READINESS_NAMES, _SERVING if is_ready else _NOT_SERVING))
 
     def set_ranks(self, is_up: dict[int, bool]) -> None:
@@ -63,6 +68,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
             await context.abort(
                 grpc.StatusCode.NOT_FOUND, f"service is {request.service!r}; known are {known}"
             )
+        self._tell_cause(status, context)
         return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
@@ -75,5 +81,16 @@ class HealthService(health_pb2_grpc.HealthServicer):
                 last = status
                 continue  # the status may have changed during the write
             if self._is_closed:
+                self._tell_cause(status, context)
                 return
             await changed.wait()
+
+    def _tell_cause(self, status: int, context: Any) -> None:
+        if status == _NOT_SERVING and self._cause:
+            context.set_trailing_metadata(((CAUSE_KEY, _as_header(self._cause)),))
+
+
+def _as_header(text: str) -> str:
+    """As gRPC takes a value: printable ASCII, and not long."""
+    line = " ".join(text.split()).encode("ascii", "backslashreplace").decode("ascii")
+    return "".join(char for char in line if char.isprintable())[:_MAX_CAUSE_CHARS]

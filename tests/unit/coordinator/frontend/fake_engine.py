@@ -210,6 +210,12 @@ def frontend_config(
         silence_timeout=silence_timeout,
         num_frontends=1,
         slow_client_seconds=slow_client_seconds,
+        tls_cert="",
+        tls_key="",
+        tls_client_ca="",
+        api_keys="",
+        max_connections=4096,
+        max_concurrent_streams=1024,
         log_format="text",
     )
 
