@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import socket
 import struct
@@ -197,10 +198,13 @@ async def within(awaitable: Awaitable[T], timeout_s: float = WAIT_S) -> T:
 
 
 def frontend_config(
-    model: Path, silence_timeout: float = 60.0, slow_client_seconds: float = 60.0
+    model: Path,
+    silence_timeout: float = 60.0,
+    slow_client_seconds: float = 60.0,
+    **changes: object,
 ) -> FrontendConfig:
     """Settings of a frontend on any port; its engine is this process."""
-    return FrontendConfig(
+    config = FrontendConfig(
         engine_fd=-1,
         engine_pid=1,
         model=model,
@@ -218,6 +222,7 @@ def frontend_config(
         max_concurrent_streams=1024,
         log_format="text",
     )
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
 @contextlib.asynccontextmanager
@@ -226,33 +231,52 @@ async def serving(
     silence_timeout: float = 60.0,
     is_ready: bool = True,
     slow_client_seconds: float = 60.0,
+    credentials: grpc.ChannelCredentials | None = None,
+    metadata: Sequence[tuple[str, str]] = (),
+    **changes: object,
 ) -> AsyncIterator[Served]:
-    """Runs a frontend for the length of the block; afterwards it has ended."""
+    """Runs a frontend for the length of the block; afterwards it has ended.
+
+    `changes` are of its settings; the channel is made with `credentials`, and what finds out
+    whether it is ready shows `metadata`.
+    """
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
         end.setblocking(False)
     reader, writer = await asyncio.open_unix_connection(sock=ours)
     engine = FakeEngine(reader, writer)
     listening = asyncio.create_task(engine.listen())
-    config = frontend_config(model, silence_timeout, slow_client_seconds)
+    config = frontend_config(model, silence_timeout, slow_client_seconds, **changes)
     ending = asyncio.create_task(run_frontend(config, theirs))
     try:
         await within(engine.listening.wait())
         if is_ready:
             engine.send_state()
-        options = [("grpc.enable_http_proxy", 0)]
         address = f"127.0.0.1:{engine.port}"
-        async with grpc.aio.insecure_channel(address, options=options) as channel:
+        async with open_channel(address, credentials) as channel:
             stub = generate_pb2_grpc.GenerateServiceStub(channel)
             if is_ready:
-                await _until_ready(stub)
+                await _until_ready(stub, metadata)
             yield Served(engine, channel, stub, ending)
     finally:
         engine.close()
         await within(asyncio.wait({ending, listening}))
 
 
-async def _until_ready(stub: generate_pb2_grpc.GenerateServiceStub) -> None:
+def open_channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None
+) -> grpc.aio.Channel:
+    """A connection of its own."""
+    options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+async def _until_ready(
+    stub: generate_pb2_grpc.GenerateServiceStub, metadata: Sequence[tuple[str, str]]
+) -> None:
+    request = generate_pb2.GetServerInfoRequest()
     async with asyncio.timeout(WAIT_S):
-        while not (await stub.GetServerInfo(generate_pb2.GetServerInfoRequest())).is_ready:
+        while not (await stub.GetServerInfo(request, metadata=metadata)).is_ready:
             await asyncio.sleep(0)
