@@ -19,12 +19,14 @@ class Connection:
 
     `tls_ca`: PEM CAs that the server must be of; b"" are those of the system; None is no TLS.
     `tls_cert` and `tls_key`: PEM certificate and key for servers that ask clients for one.
+    `tls_server_name`: what the server's certificate is for; None: the host in `address`.
     """
 
     address: str = _DEFAULT_ADDRESS
     tls_ca: bytes | None = None
     tls_cert: bytes | None = None
     tls_key: bytes | None = None
+    tls_server_name: str | None = None
     api_key: str | None = None
 
     @classmethod
@@ -39,6 +41,7 @@ class Connection:
             tls_ca=(_read("--tls-ca", options.tls_ca) or b"") if has_tls else None,
             tls_cert=_read("--tls-cert", options.tls_cert),
             tls_key=_read("--tls-key", options.tls_key),
+            tls_server_name=options.tls_server_name,
             api_key=None if key is None else _one_line(options.api_key_file, key),
         )
 
@@ -50,7 +53,9 @@ class Connection:
             credentials = grpc.ssl_channel_credentials(
                 self.tls_ca or None, self.tls_key, self.tls_cert
             )
-            channel = grpc.secure_channel(self.address, credentials, options=options)
+            name = self.tls_server_name
+            named = [*options, ("grpc.ssl_target_name_override", name)] if name else options
+            channel = grpc.secure_channel(self.address, credentials, options=named)
         if self.api_key is None:
             return channel
         return grpc.intercept_channel(channel, _ShowKey(self.api_key))
@@ -65,6 +70,7 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
     add("--tls-ca", type=Path, metavar="FILE", help="speak TLS; the server is of this PEM CA")
     add("--tls-cert", type=Path, metavar="FILE", help="our PEM certificate, if it wants one")
     add("--tls-key", type=Path, metavar="FILE", help="PEM private key of --tls-cert")
+    add("--tls-server-name", metavar="NAME", help="in its certificate, if not HOST")
     add("--api-key-file", type=Path, metavar="FILE", help="file with our API key")
 
 
