@@ -88,7 +88,7 @@ FLAGS = (
     *PUBLIC_FLAGS,
     ALLOW_PLAINTEXT,
     Flag("max-connections", positive_int, 4096, "most connections of clients to one frontend"),
-    Flag("max-concurrent-streams", positive_int, 1024, "most open calls on one connection"),
+    Flag("max-concurrent-streams", positive_int, 2048, "most open calls on one connection"),
     *GROUP_FLAGS,
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
     Flag("ready-file", str, "", "file to write once requests can be answered"),
@@ -132,7 +132,7 @@ class CoordinatorConfig:
     api_keys: str = ""
     allow_plaintext: bool = False
     max_connections: int = 4096
-    max_concurrent_streams: int = 1024
+    max_concurrent_streams: int = 2048
     group_cert: str = ""
     group_key: str = ""
     group_ca: str = ""

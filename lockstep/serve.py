@@ -64,7 +64,7 @@ COORDINATOR_FLAGS = (
     *(replace(flag, default=None) for flag in PUBLIC_FLAGS),
     Flag("allow-plaintext", str, None, f"{ALLOW_PLAINTEXT.help} (default: off)"),
     Flag("max-connections", str, None, "most connections of clients (default: 4096)"),
-    Flag("max-concurrent-streams", str, None, "most calls on a connection (default: 1024)"),
+    Flag("max-concurrent-streams", str, None, "most calls on a connection (default: 2048)"),
 )
 OWN_FLAGS = (
     Flag("model", str, None, "checkpoint folder or hub id (owner/name)"),

@@ -51,7 +51,7 @@ _FLAGS = (
     Flag("slow-client-seconds", float_between(0.1, 86400), 30.0, "unread output is kept for"),
     *PUBLIC_FLAGS,
     Flag("max-connections", positive_int, 4096, "most connections of clients"),
-    Flag("max-concurrent-streams", positive_int, 1024, "most open calls on one connection"),
+    Flag("max-concurrent-streams", positive_int, 2048, "most open calls on one connection"),
     Flag("log-format", choice("text", "json"), "text", "text or json"),
 )
 _REQUIRED = ("engine_fd", "engine_pid", "model", "served_model_name")

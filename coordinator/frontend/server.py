@@ -39,7 +39,7 @@ class ConnectionLimits:
     """What one frontend takes of its clients."""
 
     max_connections: int = 4096
-    max_concurrent_streams: int = 1024
+    max_concurrent_streams: int = 2048
     """Open calls on one connection."""
 
 

@@ -402,6 +402,6 @@ def test_a_frontend_is_started_as_it_expects() -> None:
         "--tls-client-ca": "",
         "--api-keys": "",
         "--max-connections": "4096",
-        "--max-concurrent-streams": "1024",
+        "--max-concurrent-streams": "2048",
         "--log-format": "text",
     }

@@ -219,7 +219,7 @@ def frontend_config(
         tls_client_ca="",
         api_keys="",
         max_connections=4096,
-        max_concurrent_streams=1024,
+        max_concurrent_streams=2048,
         log_format="text",
     )
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
