@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from coordinator.errors import CoordinatorError
 from coordinator.frontend.health import HealthService
+from coordinator.frontend.stock_services import HEALTH, health_handler, reflection_handler
 from lockstep.daemon.addresses import bind_problem
 from lockstep.daemon.tls_files import ReloadedTls, TlsMaterial
 
@@ -24,6 +23,10 @@ _METADATA_BYTES, _MAX_METADATA_BYTES = 8 * 2**10, 16 * 2**10
 _HANDSHAKE_SECONDS = 20.0
 # Calls open at once in a frontend, those too whose client has not sent its message yet.
 _MAX_OPEN_CALLS = 16384
+# Calls that have come and that Python has not taken yet, those that were reset meanwhile included.
+# Above 1,000, by default, gRPC cancels new calls at random: a storm of opened and reset calls on one
+# connection would end those of others. Reset ones cost little and are skipped when Python looks.
+_MAX_PENDING_CALLS = 100_000
 # Files that are not clients' connections.
 _OTHER_FILES = 256
 # How soon a client that vanished without a word, or hangs, is noticed: twice this.
@@ -64,6 +67,8 @@ def server_options(
         ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
         ("grpc.max_concurrent_streams", limits.max_concurrent_streams),
         ("grpc.max_allowed_incoming_connections", limits.max_connections),
+        ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
         ("grpc.server_handshake_timeout_ms", round(_HANDSHAKE_SECONDS * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 1000),
@@ -89,13 +94,8 @@ def build_server(
         maximum_concurrent_rpcs=_MAX_OPEN_CALLS,
     )
     server.add_generic_rpc_handlers((generate_handler,))
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    names = (
-        "lockstep.v1.GenerateService",
-        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-        reflection.SERVICE_NAME,
-    )
-    reflection.enable_server_reflection(names, server)
+    names = ("lockstep.v1.GenerateService", HEALTH)
+    server.add_generic_rpc_handlers((health_handler(health), reflection_handler(names)))
     return server
 
 
