@@ -7,6 +7,7 @@ no method may be called from another thread.
 import asyncio
 import itertools
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -52,6 +53,8 @@ class EngineLink:
         # Released by us; the engine's answer is still to come and somebody waits for it.
         self._released: dict[int, SampleStream] = {}
         self._abort_answers: dict[int, asyncio.Future[bool]] = {}
+        # Refused before they were looked at; told once a second, since anybody can cause many.
+        self._turned_away: Counter[str] = Counter()
         self._pacer = Pacer()
         self._lost: EngineLost | None = None
         self._last_heard = 0.0
@@ -145,6 +148,10 @@ class EngineLink:
         rejected = engine_pb2.Rejected(reason=reason, count=1)
         self._send(engine_pb2.FrontendMessage(rejected=rejected))
 
+    def count_turned_away(self, reason: str) -> None:
+        """Counts a call whose caller is not known."""
+        self._turned_away[reason] += 1
+
     def report_listening(self, port: int) -> None:
         """Tells the engine that the public port is open."""
         self._send(engine_pb2.FrontendMessage(listening=engine_pb2.Listening(port=port)))
@@ -222,6 +229,10 @@ class EngineLink:
         while True:
             alive = engine_pb2.Alive(stream_count=self.num_streams)
             self._send(engine_pb2.FrontendMessage(alive=alive))
+            for reason, count in self._turned_away.items():
+                rejected = engine_pb2.Rejected(reason=reason, count=count)
+                self._send(engine_pb2.FrontendMessage(rejected=rejected))
+            self._turned_away.clear()
             await asyncio.sleep(_ALIVE_PERIOD_S)
 
     def _dispatch(self, message: engine_pb2.EngineMessage) -> None:

@@ -50,6 +50,8 @@ def field_path(field: str) -> str:
         field = field.removeprefix(words)
     if field.startswith(_PROMPT):
         return "prompt"
+    if field.startswith("field "):  # one that has no name here
+        return "request"
     head = re.split(r"[.\[]", field, maxsplit=1)[0]
     if head in generate_pb2.SamplingParams.DESCRIPTOR.fields_by_name:
         return f"sampling_params.{field}"

@@ -97,7 +97,7 @@ class Frontend:
             self._health,
             config.num_frontends,
             limits=ConnectionLimits(config.max_connections, config.max_concurrent_streams),
-            interceptors=(CallGuard(callers, self._link.report_rejected),),
+            interceptors=(CallGuard(callers, self._link.count_turned_away),),
         )
         credentials = None if access.tls is None else server_credentials(access.tls)
         self.port = bind(self._server, config.host, config.port, config.num_frontends, credentials)

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 LIVENESS = "liveness"
 CAUSE_KEY = "lockstep-cause"
 _MAX_CAUSE_CHARS = 1000
+_MAX_SHOWN_CHARS = 100
 _READINESS_NAMES = ("", "readiness", "lockstep.v1.GenerateService")
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -65,9 +66,8 @@ class HealthService(health_pb2_grpc.HealthServicer):
         status = self._statuses.get(request.service)
         if status is None:
             known = ", ".join(repr(name) for name in self._statuses)
-            await context.abort(
-                grpc.StatusCode.NOT_FOUND, f"service is {request.service!r}; known are {known}"
-            )
+            shown = repr(request.service[:_MAX_SHOWN_CHARS])
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"service is {shown}; known are {known}")
         self._tell_cause(status, context)
         return health_pb2.HealthCheckResponse(status=status)
 

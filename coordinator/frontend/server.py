@@ -24,9 +24,10 @@ _HANDSHAKE_SECONDS = 20.0
 # Calls open at once in a frontend, those too whose client has not sent its message yet.
 _MAX_OPEN_CALLS = 16384
 # Calls that have come and that Python has not taken yet, those that were reset meanwhile included.
-# Above 1,000, by default, gRPC cancels new calls at random: a storm of opened and reset calls on one
-# connection would end those of others. Reset ones cost little and are skipped when Python looks.
-_MAX_PENDING_CALLS = 100_000
+# Above 1,000, by default, gRPC cancels new calls at random: a storm of opened and reset calls on
+# one connection would end those of others. Reset ones are skipped when Python looks; till then each
+# costs some 10 KB.
+_MAX_PENDING_CALLS = 32_768
 # Files that are not clients' connections.
 _OTHER_FILES = 256
 # How soon a client that vanished without a word, or hangs, is noticed: twice this.

@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -270,6 +272,50 @@ def test_a_coordinator_without_the_groups_secret_stops_and_says_so(
     lines = [line for line in said.stderr.splitlines() if "--group-secret" in line]
     assert len(lines) == 1, said.stderr
     assert address in lines[0]
+
+
+def group_flags(pair: Pair, ca: Path) -> list[str]:
+    return ["--group-cert", str(pair.cert), "--group-key", str(pair.key), "--group-ca", str(ca)]
+
+
+def worker_name(address: str, pair: Pair, ca: Path) -> str:
+    """Common name of the certificate that a worker shows to a member of its group."""
+    context = ssl.create_default_context(cafile=str(ca))
+    context.load_cert_chain(pair.cert, pair.key)
+    context.set_alpn_protocols(["h2"])
+    host, _, port = address.rpartition(":")
+    with (
+        socket.create_connection((host, int(port)), timeout=_LIMIT_S) as plain,
+        context.wrap_socket(plain, server_hostname=host) as secured_socket,
+    ):
+        subject: Any = (secured_socket.getpeercert() or {})["subject"]
+        return str(dict(entry[0] for entry in subject)["commonName"])
+
+
+def test_groups_of_two_authorities_do_not_meet_and_a_worker_takes_a_new_certificate(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    used, member = ours.issue("first"), ours.issue("member")
+    worker = start_worker(model_dir, tmp_path, *group_flags(used, ours.cert))
+    try:
+        address = wait_address(tmp_path, worker)
+        words = ["coordinator", "--model", str(model_dir), "--workers", address, "--port", "0"]
+        words += ["--metrics-port", "0", "--startup-timeout", "2"]
+        for flags, why in (
+            (group_flags(theirs.issue("stranger"), theirs.cert), "andshake failed"),
+            ([], address),
+        ):
+            said = lockstep(*words, *flags)
+            assert said.returncode == ExitCode.GROUP_LOST, said.stderr
+            lines = [line for line in said.stderr.splitlines() if "rank 0 at" in line]
+            assert any(why in line for line in lines), said.stderr
+        assert worker_name(address, member, ours.cert) == "first"
+        ours.issue("second").move_to(used)
+        assert worker_name(address, member, ours.cert) == "second"
+    finally:
+        worker.kill()
+        worker.communicate(timeout=_LIMIT_S)
 
 
 @pytest.mark.parametrize("daemon", ["worker.simulated", "coordinator"])
