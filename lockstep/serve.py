@@ -241,6 +241,8 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
 def daemon_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` without our settings, and with this package's folder to import from."""
     result = {name: value for name, value in environ.items() if not name.startswith("LOCKSTEP_")}
+    # gRPC's core writes a line for every handshake that fails, and anybody can make one fail.
+    result.setdefault("GRPC_VERBOSITY", "ERROR")
     root = str(Path(__file__).resolve().parent.parent)
     if root not in [*site.getsitepackages(), site.getusersitepackages()]:
         others = result.get("PYTHONPATH")

@@ -5,6 +5,7 @@ And what a stray process gets to hear at each of its ports.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -203,6 +204,17 @@ def test_a_stray_process_cannot_drive_a_worker(secured: Secured) -> None:
             assert shut_down(address, member, metadata) is grpc.StatusCode.UNAUTHENTICATED
         assert client.generate_unary(text_request("Hi", max_tokens=2), _LIMIT_S).finished
         assert client.server_info().epoch == info.epoch
+
+
+def test_handshakes_that_fail_leave_no_lines_in_the_log(secured: Secured) -> None:
+    before = secured.served.log_text().count("\n")
+    host, _, port = secured.served.address.rpartition(":")
+    for _ in range(20):
+        with socket.create_connection((host, int(port)), timeout=_LIMIT_S) as plain:
+            plain.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                assert plain.recv(100) == b""
+    assert secured.served.log_text().count("\n") == before
 
 
 def test_logs_hold_neither_prompts_nor_keys(secured: Secured) -> None:
