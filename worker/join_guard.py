@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -62,10 +61,6 @@ def _refuse(why: str) -> Any:
     """A handler that answers any kind of call at once, without waiting for a message."""
 
     async def refuse(requests: Any, context: Any) -> None:
-        try:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
-        except grpc.aio.InternalError:
-            # The caller has gone; gRPC would log a traceback, and nothing of a cancelled call.
-            raise asyncio.CancelledError from None
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
 
     return grpc.stream_stream_rpc_method_handler(refuse)

@@ -12,6 +12,7 @@ from coordinator.errors import BadCheckpoint
 from coordinator.frontend.api_keys import ApiKeysError
 from coordinator.frontend.config import FrontendConfig, parse_config
 from coordinator.frontend.frontend import Ending, run_frontend
+from coordinator.frontend.gone_clients import ignore_gone_clients
 from coordinator.frontend.server import AddressUnavailable
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import FlagError
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with_parent(config.engine_pid)
     configure_logging(config.log_format, "frontend")
+    ignore_gone_clients()
     try:
         ending = _run(config)
     except (BadCheckpoint, ModelDirError) as error:

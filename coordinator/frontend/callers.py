@@ -7,7 +7,6 @@ import grpc
 
 from coordinator.frontend.api_keys import ApiKeys
 from coordinator.frontend.errors import Unauthenticated, WrongTenant
-from coordinator.frontend.rejections import end_call
 from coordinator.frontend.sampling_limits import MAX_TENANT_CHARS
 
 _KEY = "authorization"
@@ -74,6 +73,6 @@ def _refuse(why: str) -> Any:
     """A handler that answers any kind of call at once, without waiting for a message."""
 
     async def refuse(requests: Any, context: Any) -> None:
-        await end_call(context, grpc.StatusCode.UNAUTHENTICATED, why)
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
 
     return grpc.stream_stream_rpc_method_handler(refuse)

@@ -12,6 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 LIVENESS = "liveness"
 CAUSE_KEY = "lockstep-cause"
+# Anybody may watch, for as long as they like.
+MAX_WATCHERS = 1024
 _MAX_CAUSE_CHARS = 1000
 _MAX_SHOWN_CHARS = 100
 _READINESS_NAMES = ("", "readiness", "lockstep.v1.GenerateService")
@@ -36,6 +38,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
         self._cause = ""
         self._changed = asyncio.Event()
         self._is_closed = False
+        self._num_watchers = 0
 
     def set_ready(self, is_ready: bool, cause: str = "") -> None:
         """Says whether requests can be answered, and if not, why."""
@@ -72,6 +75,17 @@ class HealthService(health_pb2_grpc.HealthServicer):
         return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        if self._num_watchers >= MAX_WATCHERS:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHERS} watch already: use Check"
+            )
+        self._num_watchers += 1
+        try:
+            await self._watch(request, context)
+        finally:
+            self._num_watchers -= 1
+
+    async def _watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
         last = None
         while True:
             changed = self._changed
@@ -85,7 +99,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
                 return
             await changed.wait()
 
-    def _tell_cause(self, status: int, context: Any) -> None:
+    def _tell_cause(self, status: int | None, context: Any) -> None:
         if status == _NOT_SERVING and self._cause:
             context.set_trailing_metadata(((CAUSE_KEY, _as_header(self._cause)),))
 

@@ -1,6 +1,5 @@
 """Errors to gRPC statuses: the one place that knows which is which."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,33 +80,14 @@ def answered(
             return response
         except CoordinatorError as error:
             rejection, message = rejection_of(error), str(error)
-        except grpc.aio.InternalError:
-            raise asyncio.CancelledError from None  # as in `end_call`
         if rejection.reason is not None:
             count(rejection.reason)
         metadata = (*context.trailing_metadata(), *_hints(rejection, message))
         # Not within the except: the error may quote the request, and tracebacks go to the log.
-        await end_call(context, rejection.status, message, metadata)
-        raise AssertionError("end_call always raises")
+        await context.abort(rejection.status, message, metadata)
+        raise AssertionError("abort always raises")
 
     return handler
-
-
-async def end_call(
-    context: Any,
-    status: grpc.StatusCode,
-    message: str,
-    metadata: tuple[tuple[str, str | bytes], ...] = (),
-) -> None:
-    """Ends a call with a status; always raises.
-
-    A client that has gone in this moment makes gRPC fail, which it would log with a traceback each
-    time. Nobody is left to tell: the call ends as one that is cancelled, of which it says nothing.
-    """
-    try:
-        await context.abort(status, message, metadata)
-    except grpc.aio.InternalError:
-        raise asyncio.CancelledError from None
 
 
 def _hints(rejection: Rejection, message: str) -> tuple[tuple[str, str | bytes], ...]:

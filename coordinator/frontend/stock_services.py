@@ -4,6 +4,8 @@ The stock ones raise on bytes that are no message, and gRPC then writes a traceb
 each: a client without any key could fill the disk.
 """
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -15,6 +17,7 @@ from coordinator.frontend.health import HealthService
 from coordinator.frontend.rejections import answered
 from coordinator.frontend.wire import deserialiser
 
+_MESSAGE_SECONDS = 10.0
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
@@ -23,14 +26,35 @@ def health_handler(health: HealthService) -> grpc.GenericRpcHandler:
     parse = deserialiser(health_pb2.HealthCheckRequest, refuses_unknown=False)
     write = health_pb2.HealthCheckResponse.SerializeToString
     handlers = {
-        "Check": grpc.unary_unary_rpc_method_handler(
-            answered(health.Check, _count_nothing), parse, write
-        ),
-        "Watch": grpc.unary_stream_rpc_method_handler(
-            answered(health.Watch, _count_nothing), parse, write
-        ),
+        name: grpc.stream_stream_rpc_method_handler(_of_one_message(method), parse, write)
+        for name, method in (("Check", health.Check), ("Watch", health.Watch))
     }
     return grpc.method_handlers_generic_handler(HEALTH, handlers)
+
+
+def _of_one_message(
+    method: Callable[[Any, Any], Awaitable[Any]],
+) -> Callable[[Any, Any], Awaitable[None]]:
+    """Serves a call of one message as a stream: only so can we stop waiting for the message.
+
+    Anybody may open these calls. On the wire they are the same.
+    """
+    answer = answered(method, _count_nothing)
+
+    async def handler(requests: Any, context: Any) -> None:
+        request, problem = None, "the call has no message"
+        try:
+            async with asyncio.timeout(_MESSAGE_SECONDS):
+                request = await anext(aiter(requests), None)
+        except TimeoutError:
+            problem = f"no message within {_MESSAGE_SECONDS:g} s"
+        if request is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        response = await answer(request, context)
+        if response is not None:
+            await context.write(response)
+
+    return handler
 
 
 def reflection_handler(services: tuple[str, ...]) -> grpc.GenericRpcHandler:

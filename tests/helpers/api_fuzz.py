@@ -87,10 +87,11 @@ def _nearly_good(rng: random.Random, rpc: Rpc) -> bytes:
         token_ids=generate_pb2.TokenIds(ids=[rng.randint(0, 255) for _ in range(rng.randint(1, 9))])
     )
     request.sampling_params.max_tokens = rng.randint(1, 12)
-    fields = rng.sample(list(request.sampling_params.DESCRIPTOR.fields), rng.randint(0, 2))
-    for field in fields:
+    descriptor: Any = request.sampling_params.DESCRIPTOR
+    for field in rng.sample(list(descriptor.fields), rng.randint(0, 2)):
         _set(rng, request.sampling_params, field, 0)
-    for field in rng.sample(list(request.DESCRIPTOR.fields), rng.randint(0, 1)):
+    descriptor = request.DESCRIPTOR
+    for field in rng.sample(list(descriptor.fields), rng.randint(0, 1)):
         _set(rng, request, field, 1)
     if rpc.request is generate_pb2.GenerateRequest.DESCRIPTOR:
         return request.SerializeToString()
@@ -115,7 +116,7 @@ def _set(rng: random.Random, message: Any, field: FieldDescriptor, depth: int) -
 def _value(rng: random.Random, field: FieldDescriptor, depth: int) -> Any:
     kind = field.cpp_type
     if kind == FieldDescriptor.CPPTYPE_MESSAGE:
-        if depth >= _MAX_DEPTH:
+        if depth >= _MAX_DEPTH or field.message_type is None:
             return None
         return extreme_message(rng, field.message_type, depth + 1)
     if kind in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
