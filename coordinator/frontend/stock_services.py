@@ -50,6 +50,7 @@ def _of_one_message(
             problem = f"no message within {_MESSAGE_SECONDS:g} s"
         if request is None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+            raise AssertionError("abort always raises")
         response = await answer(request, context)
         if response is not None:
             await context.write(response)

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from lockstep.client import Client, ids_request
-from protos.lockstep.v1 import generate_pb2_grpc
+from protos.lockstep.v1 import generate_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tests.helpers.api_fuzz import Rpc, hostile_message, public_rpcs
 from tests.helpers.raw_http2 import PREFACE, RawConnection, call_headers
 from tests.helpers.served_group import ServedGroup, value_of
@@ -307,6 +307,19 @@ def test_storms_of_calls_that_are_opened_and_reset_leave_nothing(
     asyncio.run(main())
     growth = {pid: now - before[pid] for pid, now in memory_bytes(group).items()}
     assert max(growth.values()) < _MAX_STORM_BYTES, growth
+
+
+def test_serve_gives_its_workers_a_secret_that_strangers_lack(
+    group: ServedGroup, intact: None
+) -> None:
+    with group.client() as client:
+        addresses = [rank.address for rank in client.server_info().ranks]
+    for address in addresses:
+        with grpc.insecure_channel(address) as channel:
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Shutdown(worker_pb2.ShutdownRequest(), timeout=_LIMIT_S)
+            assert refused.value.code() is _CODE.UNAUTHENTICATED
 
 
 def test_memory_is_looked_at_where_it_counts(group: ServedGroup) -> None:

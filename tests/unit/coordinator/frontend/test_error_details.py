@@ -3,6 +3,7 @@
 import asyncio
 import re
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -49,7 +50,7 @@ def detail(status: status_pb2.Status, kind: type[Message]) -> list[Message]:
 
 def is_field(path: str) -> bool:
     """The path leads from GenerateRequest to a field of it, or to its oneof `prompt`."""
-    descriptor = generate_pb2.GenerateRequest.DESCRIPTOR
+    descriptor: Any = generate_pb2.GenerateRequest.DESCRIPTOR
     for part in path.split("."):
         name = re.sub(r"\[\d+\]$", "", part)
         if descriptor is None:

@@ -24,8 +24,8 @@ def write(logger: logging.Logger, error: Exception) -> None:
     try:
         try:
             raise BadRequest("stop[0]", "what the user wrote", "shorter")
-        except BadRequest:
-            raise error
+        except BadRequest as refused:
+            raise error from refused
     except type(error):
         logger.exception("raised by servicer method")
 

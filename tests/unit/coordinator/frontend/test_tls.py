@@ -4,6 +4,7 @@ import asyncio
 import datetime
 import ssl
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -50,7 +51,7 @@ def test_clients_that_trust_our_ca_are_served_and_no_others(
 ) -> None:
     async def main() -> None:
         pair = authority.issue("server", usage="server")
-        files = {"tls_cert": str(pair.cert), "tls_key": str(pair.key)}
+        files: dict[str, Any] = {"tls_cert": str(pair.cert), "tls_key": str(pair.key)}
         known = credentials(authority)
         model = write_ids_only_model(tmp_path / "model")
         async with serving(model, credentials=known, **files) as served:
@@ -72,7 +73,7 @@ def test_clients_must_show_a_good_certificate_where_that_is_asked(
         pair = authority.issue("mutual", usage="server")
         clients = Authority(tmp_path, "clients")
         good = credentials(authority, clients.issue("good", usage="client"))
-        files = {"tls_cert": str(pair.cert), "tls_key": str(pair.key)}
+        files: dict[str, Any] = {"tls_cert": str(pair.cert), "tls_key": str(pair.key)}
         files["tls_client_ca"] = str(clients.cert)
         refused = {
             "missing": credentials(authority),
@@ -110,7 +111,7 @@ def test_a_changed_certificate_is_shown_without_a_restart(
     async def main() -> None:
         used = authority.issue("first")
         known = credentials(authority)
-        files = {"tls_cert": str(used.cert), "tls_key": str(used.key)}
+        files: dict[str, Any] = {"tls_cert": str(used.cert), "tls_key": str(used.key)}
         model = write_ids_only_model(tmp_path / "model")
         async with serving(model, credentials=known, **files) as served:
             port = served.engine.port
@@ -128,6 +129,6 @@ def test_a_changed_certificate_is_shown_without_a_restart(
 
 def test_a_bad_certificate_stops_the_start(authority: Authority, tmp_path: Path) -> None:
     pair = authority.issue("expired", starts_in=-2 * DAY, ends_in=-DAY)
-    files = {"tls_cert": str(pair.cert), "tls_key": str(pair.key)}
+    files: dict[str, Any] = {"tls_cert": str(pair.cert), "tls_key": str(pair.key)}
     with pytest.raises(TlsFileError, match=r"expired\.pem: certificate has expired"):
         PublicAccess.read(frontend_config(tmp_path, **files))
