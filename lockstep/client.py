@@ -109,9 +109,9 @@ class Client:
         )
         return response
 
-    def abort(self, request_id: str) -> bool:
-        """Ends a request by its name; True if it was in flight. Raises CallFailed."""
-        message = generate_pb2.AbortRequest(request_id=request_id)
+    def abort(self, request_id: str, tenant: str = "") -> bool:
+        """Ends a tenant's request by its name; True if it was in flight. Raises CallFailed."""
+        message = generate_pb2.AbortRequest(request_id=request_id, tenant=tenant)
         answer: generate_pb2.AbortResponse = _called(
             lambda: self._stub.Abort(message, timeout=_INFO_TIMEOUT_S)
         )

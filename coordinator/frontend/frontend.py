@@ -92,12 +92,14 @@ class Frontend:
             self._slow_clients,
             callers,
         )
+        guard = CallGuard(callers, self._link.count_turned_away)
         self._server = build_server(
             self._service.handler(),
             self._health,
             config.num_frontends,
             limits=ConnectionLimits(config.max_connections, config.max_concurrent_streams),
-            interceptors=(CallGuard(callers, self._link.count_turned_away),),
+            # Without keys there is nobody to turn away: calls need not pass through a guard.
+            interceptors=(guard,) if access.api_keys is not None else (),
         )
         credentials = None if access.tls is None else server_credentials(access.tls)
         self.port = bind(self._server, config.host, config.port, config.num_frontends, credentials)
