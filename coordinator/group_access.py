@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -17,7 +17,7 @@ class GroupAccess:
     """What a coordinator shows to every worker; by default nothing, in the clear."""
 
     tls: TlsMaterial | None = None
-    secret: bytes | None = None
+    secret: bytes | None = field(default=None, repr=False)
 
     @classmethod
     def read(cls, tls: TlsFiles | None, secret_path: str) -> GroupAccess:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -25,9 +25,9 @@ class Connection:
     address: str = _DEFAULT_ADDRESS
     tls_ca: bytes | None = None
     tls_cert: bytes | None = None
-    tls_key: bytes | None = None
+    tls_key: bytes | None = field(default=None, repr=False)
     tls_server_name: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
 
     @classmethod
     def of_options(cls, options: argparse.Namespace) -> Self:

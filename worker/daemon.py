@@ -7,7 +7,7 @@ import gc
 import logging
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -81,7 +81,7 @@ class _GroupFiles:
     """What the coordinator must show: a certificate of the group's CA, a token of its secret."""
 
     tls: ReloadedTls | None
-    secret: bytes | None
+    secret: bytes | None = field(repr=False)
 
     @classmethod
     def read(cls, config: DaemonConfig) -> _GroupFiles:

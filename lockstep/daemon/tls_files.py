@@ -8,7 +8,7 @@ that finds what any of them would refuse (expired, wrong purpose, wrong issuer),
 import logging
 import ssl
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lockstep.daemon.watched_files import WatchedFiles
@@ -44,7 +44,7 @@ class TlsMaterial:
     """The files' contents, PEM."""
 
     cert: bytes
-    key: bytes
+    key: bytes = field(repr=False)
     ca: bytes | None
 
 

@@ -37,7 +37,9 @@ def test_tls_is_of_the_system_or_of_a_file(tmp_path: Path) -> None:
 
 
 def test_a_key_is_read_without_its_newline_and_not_shown(tmp_path: Path) -> None:
-    assert connection("--api-key-file", write(tmp_path / "k", "lk-abc\n")).api_key == "lk-abc"
+    ours = connection("--api-key-file", write(tmp_path / "k", "lk-abc\n"))
+    assert ours.api_key == "lk-abc"
+    assert "lk-abc" not in repr(ours)
     for content in ("", "two words", "schlüssel"):
         with pytest.raises(ConfigError, match="one key and nothing else") as refused:
             connection("--api-key-file", write(tmp_path / "k", content))
