@@ -327,3 +327,29 @@ def test_memory_is_looked_at_where_it_counts(group: ServedGroup) -> None:
     names = [" ".join(psutil.Process(pid).cmdline()) for pid in memory_bytes(group)]
     assert sum("coordinator.frontend" in name for name in names) == 1
     assert len(names) == 2
+
+
+class _Broken(grpc.GenericRpcHandler):
+    """Serves every call, and fails at some messages as code that forgot a case does."""
+
+    def service(self, details: Any) -> Any:
+        async def handle(request: bytes, context: Any) -> None:
+            if len(request) % 3 == 2:
+                raise ValueError("a case that was forgotten")
+
+        return grpc.unary_stream_rpc_method_handler(handle)
+
+
+def test_a_handler_that_fails_at_some_message_would_be_found() -> None:
+    async def main() -> None:
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((_Broken(),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            with pytest.raises(AssertionError, match="UNKNOWN, sent"):
+                await fuzz(f"127.0.0.1:{port}", _LIMIT_S, seed=4)
+        finally:
+            await server.stop(None)
+
+    asyncio.run(main())
