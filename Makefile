@@ -51,10 +51,11 @@ test-apt: setup ## Tests of the deployment: root, Debian's prometheus, systemd, 
 soak: setup ## Slow tests: large checkpoints, long runs, the wheel in an empty environment
 	@$(PY) -m pytest -m slow --timeout 1200 $${ARGS:-}
 
-lint: setup ## ruff (rules and format) and buf
+lint: setup ## ruff (rules and format), buf's rules and its look for breaking changes
 	@$(PY) -m ruff check $(SOURCES)
 	@$(PY) -m ruff format --check $(SOURCES)
 	@$(PY) scripts/protos.py lint
+	@$(PY) scripts/protos.py breaking
 
 type: setup ## mypy --strict
 	@$(PY) -m mypy $(SOURCES)

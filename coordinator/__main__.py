@@ -12,6 +12,8 @@ from coordinator import vllm_metrics
 from coordinator.config import CoordinatorConfig, coordinator_config
 from coordinator.engine import Engine
 from coordinator.errors import BadCheckpoint, StartRefused
+from coordinator.frontend.api_keys import ApiKeysError, read_api_keys
+from coordinator.group_access import GroupAccess
 from coordinator.metrics import EngineMetrics, MetricsServer
 from coordinator.model_config import ModelConfig, read_model_config, table_width
 from coordinator.step_log import StepLog
@@ -20,6 +22,7 @@ from lockstep.daemon.flags import FlagError
 from lockstep.daemon.logs import configure_logging
 from lockstep.daemon.model_digest import ModelDirError, model_digest
 from lockstep.daemon.notify import Notifier
+from lockstep.daemon.tls_files import TlsFileError, read_tls_files
 
 
 def main(argv: list[str]) -> int:
@@ -27,11 +30,12 @@ def main(argv: list[str]) -> int:
     try:
         config = coordinator_config(argv, os.environ)
         configure_logging(config.log_format, "coordinator")
+        _check_access_files(config)
         notifier = _notifier(config)
         digest = model_digest(config.model)
         model = read_model_config(config.model)
         table_width(config, model)
-    except FlagError as error:
+    except (FlagError, TlsFileError, ApiKeysError) as error:
         return _stop(ExitCode.CONFIG, error)
     except (ModelDirError, BadCheckpoint) as error:
         return _stop(ExitCode.CHECKPOINT, error)
@@ -98,6 +102,18 @@ def _notifier(config: CoordinatorConfig) -> Notifier:
             "from without a restart of the coordinator"
         )
     return notifier
+
+
+def _check_access_files(config: CoordinatorConfig) -> None:
+    """Before anything is started; frontends and leader read them again when they need them.
+
+    Raises FlagError, TlsFileError, ApiKeysError.
+    """
+    if config.public_tls is not None:
+        read_tls_files(config.public_tls, is_server=True)
+    if config.api_keys:
+        read_api_keys(Path(config.api_keys))
+    GroupAccess.read(config.group_tls, config.group_secret)
 
 
 def _stop(code: ExitCode, reason: object) -> int:

@@ -32,14 +32,23 @@ _RANGES = {
 
 
 class Refused(CoordinatorError):
-    """A request does not enter the queue; `reason` is a metric's label."""
+    """A request does not enter the queue.
+
+    `reason` is a metric's label, `field` what is at fault in a bad request.
+    """
 
     def __init__(
-        self, status: grpc.StatusCode, reason: str, message: str, retry_after_s: float = 0.0
+        self,
+        status: grpc.StatusCode,
+        reason: str,
+        message: str,
+        retry_after_s: float = 0.0,
+        field: str = "",
     ) -> None:
         self.status = status
         self.reason = reason
         self.retry_after_s = retry_after_s
+        self.field = field
         super().__init__(message)
 
 
@@ -61,19 +70,18 @@ def read_submit(submit: engine_pb2.Submit, frontend: int, limits: ModelLimits) -
     """
     params = submit.sampling_params
     stop_ids = tuple(_token_ids(submit.stop_ids, "stop_ids", limits.vocab_size).tolist())
-    _require(len(stop_ids) <= _MAX_STOP_IDS, f"{len(stop_ids)} stop ids; at most {_MAX_STOP_IDS}")
+    few = f"{len(stop_ids)} stop ids; at most {_MAX_STOP_IDS}"
+    _require(len(stop_ids) <= _MAX_STOP_IDS, "stop_token_ids", few)
     resumed = _token_ids(submit.resume_output_ids, "resume_output_ids", limits.vocab_size)
     _require(
         abs(submit.priority) <= _MAX_PRIORITY,
+        "priority",
         f"priority is {submit.priority}; it must be {-_MAX_PRIORITY} to {_MAX_PRIORITY}",
     )
     num_logprobs = params.logprobs if params.HasField("logprobs") else -1
-    _require(num_logprobs <= _MAX_LOGPROBS, f"logprobs {num_logprobs} is above {_MAX_LOGPROBS}")
     num_prompt_logprobs = params.prompt_logprobs if params.HasField("prompt_logprobs") else -1
-    _require(
-        num_prompt_logprobs <= _MAX_LOGPROBS,
-        f"prompt_logprobs {num_prompt_logprobs} is above {_MAX_LOGPROBS}",
-    )
+    for field, count in (("logprobs", num_logprobs), ("prompt_logprobs", num_prompt_logprobs)):
+        _require(count <= _MAX_LOGPROBS, field, f"{field} {count} is above {_MAX_LOGPROBS}")
     request = Request(
         order=virtual_arrival(submit.arrival_time, submit.priority),
         frontend=frontend,
@@ -112,10 +120,10 @@ def read_submit(submit: engine_pb2.Submit, frontend: int, limits: ModelLimits) -
 
 
 def _token_ids(packed: bytes, field: str, vocab_size: int) -> np.ndarray:
-    _require(len(packed) % 4 == 0, f"{field} holds {len(packed)} bytes, not whole int32")
+    _require(len(packed) % 4 == 0, field, f"{field} holds {len(packed)} bytes, not whole int32")
     token_ids = np.frombuffer(packed, dtype="<i4")
     outside = token_ids[(token_ids < 0) | (token_ids >= vocab_size)].tolist()
-    _require(not outside, f"{field} holds ids {outside[:1]}; ids are in [0, {vocab_size})")
+    _require(not outside, field, f"{field} holds ids {outside[:1]}; ids are in [0, {vocab_size})")
     return token_ids
 
 
@@ -135,19 +143,27 @@ def _constraint(
 
 
 def _logit_bias(bias: Mapping[int, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    _require(len(bias) <= _MAX_BIASED_IDS, f"{len(bias)} biases; at most {_MAX_BIASED_IDS}")
+    few = f"{len(bias)} biases; at most {_MAX_BIASED_IDS}"
+    _require(len(bias) <= _MAX_BIASED_IDS, "logit_bias", few)
     for token_id, value in bias.items():
-        _require(0 <= token_id < vocab_size, f"bias of id {token_id}; ids are in [0, {vocab_size})")
-        _require(abs(value) <= _MAX_BIAS, f"logit_bias {value:g}; at most {_MAX_BIAS:g} either way")
+        known = f"bias of id {token_id}; ids are in [0, {vocab_size})"
+        _require(0 <= token_id < vocab_size, "logit_bias", known)
+        small = f"logit_bias {value:g}; at most {_MAX_BIAS:g} either way"
+        _require(abs(value) <= _MAX_BIAS, "logit_bias", small)
     return tuple(sorted(bias.items()))
 
 
 def _bad_words(words: Sequence[bytes], vocab_size: int) -> tuple[tuple[int, ...], ...]:
-    _require(len(words) <= _MAX_BAD_WORDS, f"{len(words)} bad words; at most {_MAX_BAD_WORDS}")
+    _require(
+        len(words) <= _MAX_BAD_WORDS,
+        "bad_words",
+        f"{len(words)} bad words; at most {_MAX_BAD_WORDS}",
+    )
     sequences = [_token_ids(word, "bad_words", vocab_size).tolist() for word in words]
     for ids in sequences:
         _require(
             1 <= len(ids) <= _MAX_BAD_WORD_IDS,
+            "bad_words",
             f"a bad word has {len(ids)} ids; it must have 1 to {_MAX_BAD_WORD_IDS}",
         )
     return tuple(map(tuple, sequences))
@@ -157,15 +173,22 @@ def _check_sampling(sampling: Sampling) -> None:
     for field, (low, high) in _RANGES.items():
         value = getattr(sampling, field)
         # Written so that NaN is outside.
-        _require(low <= value <= high, f"{field} is {value:g}; it must be {low:g} to {high:g}")
+        _require(
+            low <= value <= high, field, f"{field} is {value:g}; it must be {low:g} to {high:g}"
+        )
 
 
 def _check_lengths(request: Request, limits: ModelLimits) -> None:
-    _require(request.prompt_len > 0, "the prompt is empty; it must hold at least one token")
-    _require(request.max_tokens >= 1, f"max_tokens is {request.max_tokens}; it must be at least 1")
+    _require(request.prompt_len > 0, "prompt", "the prompt is empty; it must hold a token")
+    _require(
+        request.max_tokens >= 1,
+        "max_tokens",
+        f"max_tokens is {request.max_tokens}; it must be at least 1",
+    )
     total = request.prompt_len + request.max_tokens
     _require(
         total <= limits.max_model_len,
+        "max_tokens",
         f"prompt ({request.prompt_len}) and max_tokens ({request.max_tokens}) make {total} tokens; "
         f"the context holds {limits.max_model_len}",
     )
@@ -173,11 +196,13 @@ def _check_lengths(request: Request, limits: ModelLimits) -> None:
     num_usable = limits.num_blocks - 1
     _require(
         num_needed <= num_usable,
+        "max_tokens",
         f"the request could never fit: {total} tokens need {num_needed} KV blocks of "
         f"{limits.block_size}, there are {num_usable}",
     )
 
 
-def _require(is_met: bool, message: str) -> None:
+def _require(is_met: bool, field: str, message: str) -> None:
     if not is_met:
-        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "invalid_argument", message)
+        code = grpc.StatusCode.INVALID_ARGUMENT
+        raise Refused(code, "invalid_argument", message, field=field)

@@ -17,6 +17,15 @@ from lockstep.daemon.flags import (
     positive_int,
     tcp_port,
 )
+from lockstep.daemon.security_flags import (
+    ALLOW_PLAINTEXT,
+    GROUP_FLAGS,
+    PUBLIC_FLAGS,
+    check_exposure,
+    group_tls,
+    public_tls,
+)
+from lockstep.daemon.tls_files import TlsFiles
 
 # Settings that daemons share a file and an environment for, but that are not ours.
 ELSEWHERE = frozenset({"tp", "devices", "device", "num-threads", "nccl-path"})
@@ -90,6 +99,11 @@ FLAGS = (
     Flag("grammar-processes", positive_int, 1, "processes that enforce constraints on outputs"),
     Flag("slow-client-seconds", _TIMEOUT, 30.0, "seconds that unread output is kept"),
     Flag("otlp-endpoint", otlp_endpoint, "", "collector of traces, http://host:4317; off if empty"),
+    *PUBLIC_FLAGS,
+    ALLOW_PLAINTEXT,
+    Flag("max-connections", positive_int, 4096, "most connections of clients to one frontend"),
+    Flag("max-concurrent-streams", positive_int, 2048, "most open calls on one connection"),
+    *GROUP_FLAGS,
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
     Flag("ready-file", str, "", "file to write once requests can be answered"),
 )
@@ -130,6 +144,17 @@ class CoordinatorConfig:
     num_frontends: int = 1
     grammar_processes: int = 1
     slow_client_seconds: float = 30.0
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    api_keys: str = ""
+    allow_plaintext: bool = False
+    max_connections: int = 4096
+    max_concurrent_streams: int = 2048
+    group_cert: str = ""
+    group_key: str = ""
+    group_ca: str = ""
+    group_secret: str = ""
     log_format: str = "text"
     ready_file: str = ""
 
@@ -142,6 +167,9 @@ class CoordinatorConfig:
                 f"{self.max_num_seqs}: every running request takes a token in each step; "
                 f"lower --max-num-seqs or raise --max-batch-tokens"
             )
+        has_tls = self.public_tls is not None
+        check_exposure(self.host, has_tls, self.allow_plaintext, "give --tls-cert and --tls-key")
+        _ = self.group_tls  # complete, or FlagError
 
     @property
     def queue_limits(self) -> QueueLimits:
@@ -152,6 +180,16 @@ class CoordinatorConfig:
     @property
     def world_size(self) -> int:
         return len(self.workers)
+
+    @property
+    def public_tls(self) -> TlsFiles | None:
+        """Files of the public port; None: clients speak in the clear."""
+        return public_tls(self.tls_cert, self.tls_key, self.tls_client_ca)
+
+    @property
+    def group_tls(self) -> TlsFiles | None:
+        """Files for the workers; None: they are spoken to in the clear."""
+        return group_tls(self.group_cert, self.group_key, self.group_ca)
 
 
 def coordinator_config(argv: Sequence[str], environ: Mapping[str, str]) -> CoordinatorConfig:

@@ -147,6 +147,12 @@ def frontend_command(config: CoordinatorConfig, engine_fd: int, port: int) -> Se
         "silence-timeout": config.step_timeout + _SILENCE_MARGIN_S,
         "num-frontends": config.num_frontends,
         "slow-client-seconds": config.slow_client_seconds,
+        "tls-cert": config.tls_cert,
+        "tls-key": config.tls_key,
+        "tls-client-ca": config.tls_client_ca,
+        "api-keys": config.api_keys,
+        "max-connections": config.max_connections,
+        "max-concurrent-streams": config.max_concurrent_streams,
         "log-format": config.log_format,
     }
     if config.otlp_endpoint:

@@ -19,6 +19,7 @@ import uvloop
 from coordinator.config import CoordinatorConfig, worker_addresses
 from coordinator.errors import BadStepLog, RankLost, StartRefused
 from coordinator.failure import end_workers, find_root, quiesce, shut_down_workers
+from coordinator.group_access import GroupAccess
 from coordinator.model_config import ModelConfig
 from coordinator.progress_watch import ProgressWatch
 from coordinator.replay_comparison import Comparison
@@ -30,8 +31,11 @@ from coordinator.step_log_reader import RecordedRun, open_log
 from coordinator.tasks import run_until_first_ends
 from coordinator.worker_group import StepStreams, WorkerClient
 from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.flags import FlagError
 from lockstep.daemon.logs import configure_logging
 from lockstep.daemon.model_digest import ModelDirError, model_digest
+from lockstep.daemon.security_flags import GROUP_FLAGS, group_tls
+from lockstep.daemon.tls_files import TlsFileError
 from protos.lockstep.v1 import worker_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -53,6 +57,10 @@ class ReplayOptions:
     is_simulated: bool
     end_workers: bool
     as_json: bool
+    group_cert: str = ""
+    group_key: str = ""
+    group_ca: str = ""
+    group_secret: str = ""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -99,8 +107,11 @@ def check_fit(options: ReplayOptions, log: RecordedRun) -> None:
 
 async def replay(options: ReplayOptions, log: RecordedRun) -> ReplayReport:
     """Brings the group up, replays, and lets it go. Raises StartRefused, BadStepLog."""
-    workers = [WorkerClient(rank, address) for rank, address in enumerate(options.workers)]
     epoch = time.time_ns() // 1_000_000  # as GroupLeader chooses it
+    access = _access(options)
+    workers = [
+        WorkerClient(rank, address, access, epoch) for rank, address in enumerate(options.workers)
+    ]
     one = _OneReplay(options, log, workers, epoch)
     try:
         lost = await one.run()
@@ -108,6 +119,14 @@ async def replay(options: ReplayOptions, log: RecordedRun) -> ReplayReport:
     finally:
         for worker in workers:
             await worker.close()
+
+
+def _access(options: ReplayOptions) -> GroupAccess:
+    try:
+        files = group_tls(options.group_cert, options.group_key, options.group_ca)
+        return GroupAccess.read(files, options.group_secret)
+    except (FlagError, TlsFileError) as error:
+        raise StartRefused(ExitCode.CONFIG, str(error)) from error
 
 
 class _OneReplay:
@@ -230,6 +249,8 @@ def _options(argv: Sequence[str]) -> ReplayOptions:
     add("--simulated", dest="is_simulated", action="store_true", help="the workers have no model")
     add("--leave-workers", dest="end_workers", action="store_false", help="do not end them after")
     add("--json", dest="as_json", action="store_true", help="one line of JSON last")
+    for flag in GROUP_FLAGS:
+        add(f"--{flag.name}", default="", metavar="FILE", help=flag.help)
     return ReplayOptions(**vars(parser.parse_args(list(argv))))
 
 

@@ -64,7 +64,8 @@ class RequestBook:
         self._constraints = constraints
         self._epoch: _Epoch | None = None
         self._by_handle: dict[tuple[int, int], Request] = {}
-        self._by_name: dict[str, list[Request]] = {}
+        # By tenant and request id: nobody can take, or abort, another tenant's.
+        self._by_name: dict[tuple[str, str], list[Request]] = {}
         self._precedence = Precedence()
         self._deadlines = Deadlines()
         self._clients = ClientCount()
@@ -104,11 +105,17 @@ class RequestBook:
             self.metrics.requests_rejected[refusal.reason] += 1
             self.outbox.add_end(
                 frontend,
-                _error(submit.handle, refusal.status, str(refusal), refusal.retry_after_s),
+                _error(
+                    submit.handle,
+                    refusal.status,
+                    str(refusal),
+                    refusal.retry_after_s,
+                    refusal.field,
+                ),
             )
             return
         self._by_handle[frontend, request.handle] = request
-        self._by_name.setdefault(request.request_id, []).append(request)
+        self._by_name.setdefault((request.tenant, request.request_id), []).append(request)
         self._deadlines.add(request)
         self._clients.began(frontend)
         self.metrics.prompt_tokens += request.prompt_len
@@ -150,7 +157,7 @@ class RequestBook:
 
     def abort(self, frontend: int, abort: engine_pb2.AbortByName) -> None:
         """Ends what has this name, all samples of it, with ABORTED; answers if there was any."""
-        named = list(self._by_name.get(abort.request_id, ()))
+        named = list(self._by_name.get((abort.tenant, abort.request_id), ()))
         for request in named:
             self.finish(request, generate_pb2.FINISH_REASON_ABORTED)
         outcome = engine_pb2.AbortOutcome(query=abort.query, was_active=bool(named))
@@ -246,12 +253,13 @@ class RequestBook:
     def _check_name(self, frontend: int, submit: engine_pb2.Submit) -> None:
         """Only samples of one call share a name."""
         call = (frontend, submit.group or submit.handle)
-        for other in self._by_name.get(submit.request_id, ()):
+        for other in self._by_name.get((submit.tenant, submit.request_id), ()):
             if (other.frontend, other.group) != call:
                 raise Refused(
                     grpc.StatusCode.INVALID_ARGUMENT,
                     "duplicate_request_id",
                     f"request_id is {submit.request_id!r}; it must differ from those in flight",
+                    field="request_id",
                 )
 
     def _end_if_resumed_at_end(self, request: Request) -> None:
@@ -290,10 +298,11 @@ class RequestBook:
         self._clients.ended(request.frontend)
         self._precedence.give_back(request.order)
         del self._by_handle[request.frontend, request.handle]
-        named = self._by_name[request.request_id]
+        name = (request.tenant, request.request_id)
+        named = self._by_name[name]
         named.remove(request)
         if not named:
-            del self._by_name[request.request_id]
+            del self._by_name[name]
 
     def _measure(self) -> None:
         if self._epoch is None:
@@ -316,11 +325,16 @@ def _ends_resumed(request: Request) -> bool:
 
 
 def _error(
-    handle: int, status: grpc.StatusCode, message: str, retry_after_s: float
+    handle: int,
+    status: grpc.StatusCode,
+    message: str,
+    retry_after_s: float,
+    field: str = "",
 ) -> engine_pb2.Ended:
     return engine_pb2.Ended(
         handle=handle,
         status_code=status.value[0],
         status_message=message,
         retry_after_seconds=retry_after_s,
+        field=field,
     )

@@ -149,7 +149,8 @@ class Startup:
         return await gather_ranks([self._hello(worker) for worker in self._workers])
 
     async def _hello(self, worker: WorkerClient) -> worker_pb2.HelloResponse:
-        """Dials until the worker answers."""
+        """Dials until the worker answers; says in the log why it does not."""
+        told = ""
         request = worker_pb2.HelloRequest(
             version=__version__,
             model_digest=self._digest,
@@ -175,6 +176,9 @@ class Startup:
                         f"rank {worker.rank} at {worker.address} did not answer within "
                         f"--startup-timeout {self._config.startup_timeout:g} s: {error.details()}",
                     ) from error
+                if error.details() not in ("", told):
+                    told = error.details()
+                    _LOG.info("rank %d at %s: %s", worker.rank, worker.address, told)
             await asyncio.sleep(_DIAL_PERIOD_S)
 
     def _engine_config(self, hellos: Sequence[worker_pb2.HelloResponse]) -> worker_pb2.EngineConfig:
@@ -273,6 +277,8 @@ class Startup:
             # Hello's two refusals differ in nothing but their words.
             is_checkpoint = method == "Hello" and "digest" in details
             return StartRefused(ExitCode.CHECKPOINT if is_checkpoint else ExitCode.CONFIG, where)
+        if code is grpc.StatusCode.UNAUTHENTICATED:
+            return StartRefused(ExitCode.CONFIG, where)
         if code is grpc.StatusCode.INTERNAL and not self._is_restart:
             # The device or library is missing something. After a lost rank it may only be that the
             # old process has not let go of its memory yet.

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 
 from coordinator.errors import RankLost
+from coordinator.group_access import GroupAccess
 from coordinator.tasks import run_until_first_ends
 from protos.lockstep.v1 import worker_pb2
 
@@ -25,10 +26,15 @@ _CHANNEL_OPTIONS = [
 class WorkerClient:
     """One rank. Its channel lives for one epoch."""
 
-    def __init__(self, rank: int, address: str) -> None:
+    def __init__(
+        self, rank: int, address: str, access: GroupAccess | None = None, epoch: int = 0
+    ) -> None:
+        """Without `access` it shows nothing, which only a worker without secret takes."""
         self.rank = rank
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        access = access or GroupAccess()
+        self.channel = access.channel(address, _CHANNEL_OPTIONS)
+        self._metadata = access.metadata(epoch)
 
     async def call(self, method: str, request: Any, response_type: Any, timeout_s: float) -> Any:
         """A unary call of WorkerService; raises grpc.aio.AioRpcError."""
@@ -37,7 +43,7 @@ class WorkerClient:
             request_serializer=type(request).SerializeToString,
             response_deserializer=response_type.FromString,
         )
-        return await unary(request, timeout=timeout_s)
+        return await unary(request, timeout=timeout_s, metadata=self._metadata)
 
     def execute(self) -> Any:
         """Opens the step stream; what is written to it is sent as it is."""
@@ -46,7 +52,7 @@ class WorkerClient:
             request_serializer=None,
             response_deserializer=worker_pb2.ExecuteResponse.FromString,
         )
-        return stream()
+        return stream(metadata=self._metadata)
 
     async def wait_until_gone(self, timeout_s: float) -> bool:
         """Waits until the worker's end of the connection closes; False if it has not by then."""

@@ -16,6 +16,7 @@ _COMMANDS = {
     "health": ("lockstep.health", "ask a server whether it lives or is ready"),
     "status": ("lockstep.status", "how a server is: ranks, load, memory, last errors"),
     "drain": ("lockstep.drain", "stop a server of this host once its requests have ended"),
+    "api-key": ("lockstep.api_key", "make an API key and its line for --api-keys"),
     "generate": ("lockstep.generate", "send one prompt to a server"),
     "chat": ("lockstep.chat", "talk to a server"),
     "demo": ("lockstep.demo", "a small real model on two ranks answers a question"),

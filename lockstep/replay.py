@@ -75,12 +75,13 @@ def replay_group(argv: Sequence[str]) -> GroupSpec:
         log_format="text",
         ready_file=None,
         passed_on=(),
-    )
+    ).with_secret()
     served = group_spec(config, model_dir, os.environ)
 
     def worker_command(rank: int, port: int, metrics_port: int, ready_file: str) -> Sequence[str]:
         if options.simulated:
             command = _simulated_worker(model_dir, port, metrics_port, ready_file)
+            command += config.group_words
         else:
             command = list(served.worker_command(rank, port, metrics_port, ready_file))
         return command + shlex.split(options.worker_flags)
@@ -89,7 +90,7 @@ def replay_group(argv: Sequence[str]) -> GroupSpec:
         workers: Sequence[str], port: int, metrics_port: int, ready_file: str
     ) -> Sequence[str]:
         # The supervisor ends the workers; one that ended before it would look lost.
-        words = ["--leave-workers", *passed_on, "--model", str(model_dir)]
+        words = ["--leave-workers", *passed_on, "--model", str(model_dir), *config.group_words]
         return _replay_command(options, ",".join(workers), words)
 
     return replace(

@@ -5,8 +5,9 @@ import site
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from lockstep.cores import available_cores
 from lockstep.daemon.exit_codes import ExitCode
@@ -20,7 +21,9 @@ from lockstep.daemon.flags import (
     positive_int,
     tcp_port,
 )
+from lockstep.daemon.group_secret import hold_new_secret
 from lockstep.daemon.ready_file import write_ready_file
+from lockstep.daemon.security_flags import ALLOW_PLAINTEXT, GROUP_FLAGS, PUBLIC_FLAGS
 from lockstep.devices import choose_devices, count_gpus
 from lockstep.errors import ConfigError, HubError
 from lockstep.hub import resolve_model
@@ -62,6 +65,10 @@ COORDINATOR_FLAGS = (
     Flag("slow-client-seconds", str, None, "seconds that unread output is kept (default: 30)"),
     Flag("otlp-endpoint", str, None, "collector of traces, http://host:4317; off if empty"),
     Flag("host", str, None, "address to serve on (default: 127.0.0.1)"),
+    *(replace(flag, default=None) for flag in PUBLIC_FLAGS),
+    Flag("allow-plaintext", str, None, f"{ALLOW_PLAINTEXT.help} (default: off)"),
+    Flag("max-connections", str, None, "most connections of clients (default: 4096)"),
+    Flag("max-concurrent-streams", str, None, "most calls on a connection (default: 2048)"),
 )
 OWN_FLAGS = (
     Flag("model", str, None, "checkpoint folder or hub id (owner/name)"),
@@ -77,6 +84,7 @@ OWN_FLAGS = (
     Flag("restart", on_off, True, "off: a lost rank ends everything, with exit code 6"),
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
     Flag("ready-file", Path, None, "file to write once requests can be answered"),
+    *GROUP_FLAGS,
 )
 _ELSEWHERE = frozenset({"workers", "device"})
 
@@ -98,6 +106,20 @@ class ServeConfig:
     log_format: str
     ready_file: Path | None
     passed_on: tuple[str, ...]
+    group_cert: str = ""
+    group_key: str = ""
+    group_ca: str = ""
+    group_secret: str = ""
+
+    def with_secret(self) -> Self:
+        """With a secret of its own, that no other process of another user knows, if it has none."""
+        return self if self.group_secret else replace(self, group_secret=hold_new_secret())
+
+    @property
+    def group_words(self) -> tuple[str, ...]:
+        """How coordinator and workers prove themselves to each other, as flags."""
+        given = ((flag.name, getattr(self, flag.dest)) for flag in GROUP_FLAGS)
+        return tuple(word for name, value in given if value for word in (f"--{name}", value))
 
     @property
     def num_ranks(self) -> int:
@@ -113,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
     """Serves until told to stop; returns the exit code."""
     started = time.monotonic()
     try:
-        config = serve_config(argv, os.environ)
+        config = serve_config(argv, os.environ).with_secret()
         _report(f"starting {_ranks(config)} on {', '.join(config.devices)}")
         model_dir = resolve_model(config.model)
     except (FlagError, ConfigError) as error:
@@ -192,6 +214,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
             *("--metrics-host", config.metrics_host),
             *("--num-threads", str(config.num_threads)),
             *("--ready-file", ready_file, "--log-format", config.log_format),
+            *config.group_words,
         ]
         return command + (["--nccl-path", config.nccl_path] if config.nccl_path else [])
 
@@ -206,6 +229,7 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
             *("--drain-seconds", str(config.drain_seconds)),
             *("--withdrawal-seconds", str(config.withdrawal_seconds)),
             *("--ready-file", ready_file, "--log-format", config.log_format),
+            *config.group_words,
             *config.passed_on,
         ]
 
@@ -224,6 +248,8 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
 def daemon_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` without our settings, and with this package's folder to import from."""
     result = {name: value for name, value in environ.items() if not name.startswith("LOCKSTEP_")}
+    # gRPC's core writes a line for every handshake that fails, and anybody can make one fail.
+    result.setdefault("GRPC_VERBOSITY", "ERROR")
     root = str(Path(__file__).resolve().parent.parent)
     if root not in [*site.getsitepackages(), site.getusersitepackages()]:
         others = result.get("PYTHONPATH")

@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     except (FlagError, ConfigError) as error:
         _report(str(error))
         return ExitCode.CONFIG
+    config = config.with_secret()
     group = simulated_group(config, worker_flags, os.environ)
     return run_group(config, group, started, _report)
 
@@ -80,6 +81,7 @@ def simulated_group(
             *("--model", config.model, "--port", str(port), "--metrics-port", str(metrics_port)),
             *("--metrics-host", config.metrics_host),
             *("--ready-file", ready_file, "--log-format", config.log_format),
+            *config.group_words,
             *worker_flags,
         ]
 

@@ -15,6 +15,7 @@ from lockstep import serve
 from lockstep.cores import available_cores
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import Flag, FlagError, choice, parse_flags, positive_int, tcp_port
+from lockstep.daemon.security_flags import ALLOW_PLAINTEXT, GROUP_FLAGS
 from lockstep.devices import choose_devices, count_gpus
 from lockstep.errors import ConfigError, HubError
 from lockstep.hub import resolve_model
@@ -29,6 +30,8 @@ FLAGS = (
     Flag("metrics-port", tcp_port, 9860, "Prometheus port of the first, 1 above for the next"),
     Flag("num-threads", positive_int, None, "CPU threads of a rank; default: its share of cores"),
     Flag("nccl-path", str, None, "libnccl.so.2 to load instead of the one found"),
+    *GROUP_FLAGS,
+    ALLOW_PLAINTEXT,
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
 )
 # The environment may be one for all daemons of a group.
@@ -57,10 +60,18 @@ class WorkersConfig:
     num_threads: int
     nccl_path: str | None
     log_format: str
+    group_cert: str = ""
+    group_key: str = ""
+    group_ca: str = ""
+    group_secret: str = ""
+    allow_plaintext: bool = False
 
     def commands(self, model_dir: str) -> dict[str, list[str]]:
         """Command line of every worker, by name."""
         more = ["--nccl-path", self.nccl_path] if self.nccl_path else []
+        for flag in GROUP_FLAGS:
+            more += [f"--{flag.name}", value] if (value := getattr(self, flag.dest)) else []
+        more += ["--allow-plaintext", "on"] if self.allow_plaintext else []
         return {
             f"worker {index}": [
                 *serve.python_module("worker"),

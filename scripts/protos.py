@@ -1,4 +1,7 @@
-"""Generates, checks and lints the protobuf code: `generate`, `check` or `lint`.
+"""Generates, checks and lints the protobuf code: `generate`, `check`, `lint` or `breaking`.
+
+`breaking` compares with protos/baseline.binpb, a compiled image of what clients and step logs rely
+on, so that it works in any clone. `baseline` writes that image: for a release, and only then.
 
 Generated code refuses runtimes older than the tools that wrote it, so it is written with the
 oldest we support, in a small venv of its own (.venv-protos). Run from anywhere.
@@ -18,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = "grpcio-tools==1.78.0"  # protobuf 6.31.1
 TOOLS_VENV = ROOT / ".venv-protos"
 TOOL_LIMIT_S = 600
+BASELINE = Path("protos") / "baseline.binpb"
 GENERATED = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py")
 
 
@@ -30,7 +34,11 @@ def main(arguments: list[str]) -> int:
             return check()
         case ["lint"]:
             return lint()
-    print("usage: protos.py generate|check|lint", file=sys.stderr)
+        case ["breaking"]:
+            return breaking(ROOT)
+        case ["baseline"]:
+            return buf(ROOT, "build", "--exclude-source-info", "--output", str(BASELINE))
+    print("usage: protos.py generate|check|lint|breaking|baseline", file=sys.stderr)
     return 2
 
 
@@ -60,8 +68,18 @@ def check() -> int:
 
 def lint() -> int:
     """buf's standard rules, as buf.yaml has them."""
-    buf = Path(sysconfig.get_path("scripts")) / "buf"
-    return subprocess.run([str(buf), "lint"], cwd=ROOT, timeout=TOOL_LIMIT_S).returncode
+    return buf(ROOT, "lint")
+
+
+def breaking(root: Path) -> int:
+    """What clients of the baseline could not read any more, as buf.yaml has the rules."""
+    return buf(root, "breaking", "--against", str(BASELINE))
+
+
+def buf(root: Path, *words: str) -> int:
+    """Run buf in a checkout; returns its exit status."""
+    command = [str(Path(sysconfig.get_path("scripts")) / "buf"), *words]
+    return subprocess.run(command, cwd=root, timeout=TOOL_LIMIT_S).returncode
 
 
 def generate(target: Path) -> None:

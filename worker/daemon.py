@@ -7,6 +7,7 @@ import gc
 import logging
 import signal
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -16,9 +17,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lockstep.daemon.addresses import bind_problem
 from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.flags import FlagError
+from lockstep.daemon.group_secret import read_group_secret
 from lockstep.daemon.notify import Notifier
 from lockstep.daemon.ready_file import write_ready_file
+from lockstep.daemon.security_flags import group_tls
+from lockstep.daemon.tls_files import ReloadedTls, TlsFileError
 from protos.lockstep.v1 import worker_pb2_grpc
+from worker.config import GroupSettings
+from worker.join_guard import JoinGuard, server_credentials
 from worker.metrics import WorkerMetrics
 from worker.rank_contract import Rank
 from worker.service import WorkerService
@@ -28,13 +35,11 @@ _MAX_MESSAGE_BYTES = 256 << 20
 _OTHER_PORT = "stop what runs there, or choose another port (0: any)"
 
 
-class DaemonConfig(Protocol):
+class DaemonConfig(GroupSettings, Protocol):
     """The settings that every worker process has; ports 0 are any."""
 
     @property
     def model(self) -> Path: ...
-    @property
-    def host(self) -> str: ...
     @property
     def port(self) -> int: ...
     @property
@@ -51,6 +56,10 @@ def run_daemon(config: DaemonConfig, rank: Rank, digest: str, notifier: Notifier
     Closes `notifier`.
     """
     try:
+        access = _GroupFiles.read(config)
+    except (FlagError, TlsFileError) as error:
+        return stop(ExitCode.CONFIG, error)
+    try:
         metrics = WorkerMetrics(config.model.name, config.metrics_host, config.metrics_port)
     except OSError as error:
         address = f"{config.metrics_host}:{config.metrics_port}"
@@ -58,7 +67,7 @@ def run_daemon(config: DaemonConfig, rank: Rank, digest: str, notifier: Notifier
         return stop(ExitCode.ADDRESS, problem)
     with metrics, notifier:
         uvloop.install()
-        return asyncio.run(_serve(config, rank, digest, metrics, notifier))
+        return asyncio.run(_serve(config, access, rank, digest, metrics, notifier))
 
 
 def stop(code: ExitCode, reason: object) -> int:
@@ -67,8 +76,28 @@ def stop(code: ExitCode, reason: object) -> int:
     return code
 
 
+@dataclass(frozen=True)
+class _GroupFiles:
+    """What the coordinator must show: a certificate of the group's CA, a token of its secret."""
+
+    tls: ReloadedTls | None
+    secret: bytes | None = field(repr=False)
+
+    @classmethod
+    def read(cls, config: DaemonConfig) -> _GroupFiles:
+        """Raises FlagError, TlsFileError."""
+        files = group_tls(config.group_cert, config.group_key, config.group_ca)
+        tls = None if files is None else ReloadedTls(files, is_server=True)
+        return cls(tls, read_group_secret(config.group_secret))
+
+
 async def _serve(
-    config: DaemonConfig, rank: Rank, digest: str, metrics: WorkerMetrics, notifier: Notifier
+    config: DaemonConfig,
+    access: _GroupFiles,
+    rank: Rank,
+    digest: str,
+    metrics: WorkerMetrics,
+    notifier: Notifier,
 ) -> int:
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
@@ -82,12 +111,15 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, shut_down, signal.Signals(number).name)
     service = WorkerService(rank, digest, metrics, shut_down)
-    server = await _server(service)
+    server = await _server(service, access.secret)
     address = f"{config.host}:{config.port}"
     if problem := bind_problem(config.host, config.port):
         return stop(ExitCode.ADDRESS, f"cannot serve on {address}: {problem}; {_OTHER_PORT}")
     try:
-        port = server.add_insecure_port(address)
+        if access.tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, server_credentials(access.tls))
     except RuntimeError as error:
         return stop(ExitCode.ADDRESS, f"cannot serve on {address}: {error}; {_OTHER_PORT}")
     await server.start()
@@ -113,17 +145,19 @@ async def _serve(
     return ExitCode.CLEAN
 
 
-async def _server(service: WorkerService) -> grpc.aio.Server:
-    """WorkerService, and grpc.health.v1 for probes: there SERVING says that the event loop runs.
+async def _server(service: WorkerService, secret: bytes | None) -> grpc.aio.Server:
+    """WorkerService behind the group's secret, if there is one, and grpc.health.v1 for probes.
 
-    Whether requests can be answered is the coordinator's to tell.
+    There SERVING says that the event loop runs. Whether requests can be answered is the
+    coordinator's to tell.
     """
     server = grpc.aio.server(
+        interceptors=[] if secret is None else [JoinGuard(secret, lambda: service.epoch)],
         options=[
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-        ]
+        ],
     )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
     health_service = health.aio.HealthServicer()

@@ -51,6 +51,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._last_error = ""
         self._is_in_phase = False
 
+    @property
+    def epoch(self) -> int:
+        """The last epoch that was taken; 0 before the first."""
+        return self._epoch
+
     async def Hello(
         self, request: worker_pb2.HelloRequest, context: Context
     ) -> worker_pb2.HelloResponse:

@@ -9,15 +9,18 @@ import sys
 import uvloop
 
 from coordinator.errors import BadCheckpoint
+from coordinator.frontend.api_keys import ApiKeysError
 from coordinator.frontend.config import FrontendConfig, parse_config
 from coordinator.frontend.errors import TracingUnavailable
 from coordinator.frontend.frontend import Ending, run_frontend
+from coordinator.frontend.gone_clients import ignore_gone_clients
 from coordinator.frontend.server import AddressUnavailable
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import FlagError
 from lockstep.daemon.logs import configure_logging
 from lockstep.daemon.model_digest import ModelDirError
 from lockstep.daemon.parent_death import die_with_parent
+from lockstep.daemon.tls_files import TlsFileError
 
 _ENGINE_ENDED = 1
 
@@ -34,11 +37,12 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with_parent(config.engine_pid)
     configure_logging(config.log_format, "frontend")
+    ignore_gone_clients()
     try:
         ending = _run(config)
     except (BadCheckpoint, ModelDirError) as error:
         return _refuse(error, ExitCode.CHECKPOINT)
-    except TracingUnavailable as error:
+    except (FlagError, TlsFileError, ApiKeysError, TracingUnavailable) as error:
         return _refuse(error, ExitCode.CONFIG)
     except AddressUnavailable as error:
         return _refuse(error, ExitCode.ADDRESS)

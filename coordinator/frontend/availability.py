@@ -36,13 +36,13 @@ class Availability:
     def update(self, state: engine_pb2.GroupState) -> None:
         """Takes over a message of the engine."""
         self._state = state
-        self._health.set_ready(state.is_ready and not self._is_withdrawn)
+        self._tell_ready()
         self._health.set_ranks({rank.rank: rank.is_up for rank in state.server.ranks})
 
     def withdraw(self) -> None:
         """Readiness off, for good; who has not heard of it yet is still served."""
         self._is_withdrawn = True
-        self._health.set_ready(False)
+        self._tell_ready()
 
     def start_draining(self) -> None:
         """No new requests any more."""
@@ -52,6 +52,12 @@ class Availability:
     def lose_engine(self, cause: str) -> None:
         """Readiness off: nobody is left to say when it could be on again."""
         self.update(engine_pb2.GroupState(cause=cause, server=self._state.server))
+
+    def _tell_ready(self) -> None:
+        if self._is_withdrawn:
+            self._health.set_ready(False, "the server is stopping and takes no new requests")
+        else:
+            self._health.set_ready(self._state.is_ready, self._state.cause)
 
     def require_ready(self) -> None:
         """Raises Draining or NotReady."""

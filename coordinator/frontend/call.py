@@ -143,4 +143,6 @@ class Call:
 
 
 def _failure(ended: engine_pb2.Ended) -> RequestFailed:
-    return RequestFailed(ended.status_code, ended.status_message, ended.retry_after_seconds)
+    return RequestFailed(
+        ended.status_code, ended.status_message, ended.retry_after_seconds, ended.field
+    )

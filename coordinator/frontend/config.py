@@ -14,6 +14,7 @@ from lockstep.daemon.flags import (
     positive_int,
     tcp_port,
 )
+from lockstep.daemon.security_flags import PUBLIC_FLAGS
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class FrontendConfig:
     silence_timeout: float
     num_frontends: int
     slow_client_seconds: float
+    tls_cert: str
+    tls_key: str
+    tls_client_ca: str
+    api_keys: str
+    max_connections: int
+    max_concurrent_streams: int
     log_format: str
     otlp_endpoint: str = ""
 
@@ -43,6 +50,9 @@ _FLAGS = (
     Flag("silence-timeout", float_between(0.1, 86400), 32.0, "engine counts as stopped, seconds"),
     Flag("num-frontends", positive_int, 1, "frontends that share the port"),
     Flag("slow-client-seconds", float_between(0.1, 86400), 30.0, "unread output is kept for"),
+    *PUBLIC_FLAGS,
+    Flag("max-connections", positive_int, 4096, "most connections of clients"),
+    Flag("max-concurrent-streams", positive_int, 2048, "most open calls on one connection"),
     Flag("log-format", choice("text", "json"), "text", "text or json"),
     Flag("otlp-endpoint", str, "", "collector of traces"),
 )

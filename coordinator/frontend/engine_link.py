@@ -7,6 +7,7 @@ no method may be called from another thread.
 import asyncio
 import itertools
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -53,6 +54,8 @@ class EngineLink:
         # Released by us; the engine's answer is still to come and somebody waits for it.
         self._released: dict[int, SampleStream] = {}
         self._abort_answers: dict[int, asyncio.Future[bool]] = {}
+        # Refused before they were looked at; told once a second, since anybody can cause many.
+        self._turned_away: Counter[str] = Counter()
         self._pacer = Pacer()
         self._lost: EngineLost | None = None
         self._last_heard = 0.0
@@ -121,14 +124,17 @@ class EngineLink:
         """Nobody waits any more for what the engine answers to a release."""
         self._released.pop(stream.handle, None)
 
-    async def abort(self, request_id: str, timeout_s: float) -> bool:
-        """Aborts by name; True if it was in flight. Raises EngineLost, also without an answer."""
+    async def abort(self, request_id: str, timeout_s: float, tenant: str = "") -> bool:
+        """Aborts a tenant's request by name; True if it was in flight.
+
+        Raises EngineLost, also without an answer.
+        """
         if self._lost is not None:
             raise self._lost
         query = next(self._queries)
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._abort_answers[query] = answer
-        abort = engine_pb2.AbortByName(query=query, request_id=request_id)
+        abort = engine_pb2.AbortByName(query=query, request_id=request_id, tenant=tenant)
         self._send(engine_pb2.FrontendMessage(abort=abort))
         try:
             async with asyncio.timeout(timeout_s):
@@ -142,6 +148,10 @@ class EngineLink:
         """Counts a request that this frontend refused."""
         rejected = engine_pb2.Rejected(reason=reason, count=1)
         self._send(engine_pb2.FrontendMessage(rejected=rejected))
+
+    def count_turned_away(self, reason: str) -> None:
+        """Counts a call whose caller is not known."""
+        self._turned_away[reason] += 1
 
     def report_listening(self, port: int) -> None:
         """Tells the engine that the public port is open."""
@@ -220,6 +230,10 @@ class EngineLink:
         while True:
             alive = engine_pb2.Alive(stream_count=self.num_streams)
             self._send(engine_pb2.FrontendMessage(alive=alive))
+            for reason, count in self._turned_away.items():
+                rejected = engine_pb2.Rejected(reason=reason, count=count)
+                self._send(engine_pb2.FrontendMessage(rejected=rejected))
+            self._turned_away.clear()
             await asyncio.sleep(_ALIVE_PERIOD_S)
 
     def _dispatch(self, message: engine_pb2.EngineMessage) -> None:

@@ -1,6 +1,8 @@
 """Why a frontend ends a call, beside BadRequest and TextUnavailable.
 
     CoordinatorError
+        Unauthenticated         no API key, or one that is not known
+        WrongTenant             the API key is another tenant's
         NotReady                the group cannot answer now
         Draining                this coordinator is stopping
         EngineLost              the engine process is gone or silent
@@ -11,6 +13,14 @@
 """
 
 from coordinator.errors import CoordinatorError
+
+
+class Unauthenticated(CoordinatorError):
+    """The call shows no API key that is known; the message never shows the key."""
+
+
+class WrongTenant(CoordinatorError):
+    """The call is for a tenant that its API key is not of."""
 
 
 class NotReady(CoordinatorError):
@@ -32,10 +42,14 @@ class EngineLost(CoordinatorError):
 class RequestFailed(CoordinatorError):
     """The engine ended a request with a gRPC status."""
 
-    def __init__(self, status_code: int, message: str, retry_after_s: float) -> None:
+    def __init__(
+        self, status_code: int, message: str, retry_after_s: float, field: str = ""
+    ) -> None:
+        """`field`: what is at fault in a bad request; "": nothing, or nobody said."""
         super().__init__(message)
         self.status_code = status_code
         self.retry_after_s = retry_after_s
+        self.field = field
 
 
 class SlowClient(CoordinatorError):

@@ -8,9 +8,13 @@ import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
+from coordinator.frontend.api_keys import ApiKeys
 from coordinator.frontend.availability import Availability
+from coordinator.frontend.callers import Callers, CallGuard
 from coordinator.frontend.checkpoint_text import CheckpointText
 from coordinator.frontend.config import FrontendConfig
 from coordinator.frontend.engine_link import EngineLink
@@ -18,9 +22,17 @@ from coordinator.frontend.errors import EngineLost
 from coordinator.frontend.generate_service import GenerateService
 from coordinator.frontend.health import HealthService
 from coordinator.frontend.request_preparer import RequestPreparer
-from coordinator.frontend.server import bind, build_server
+from coordinator.frontend.server import (
+    ConnectionLimits,
+    bind,
+    build_server,
+    raise_file_limit,
+    server_credentials,
+)
 from coordinator.frontend.slow_clients import SlowClientWatch
 from coordinator.frontend.tracing import Tracer, make_tracer
+from lockstep.daemon.security_flags import public_tls
+from lockstep.daemon.tls_files import ReloadedTls
 from protos.lockstep.v1 import engine_pb2
 
 # For the last messages of streams that have just been ended to reach their clients.
@@ -37,6 +49,23 @@ class Ending(enum.Enum):
     ENGINE_SILENT = enum.auto()
 
 
+@dataclass(frozen=True)
+class PublicAccess:
+    """What clients meet at the public port; None: no TLS, no API keys."""
+
+    tls: ReloadedTls | None
+    api_keys: ApiKeys | None
+
+    @classmethod
+    def read(cls, config: FrontendConfig) -> Self:
+        """Reads the files. Raises FlagError, TlsFileError, ApiKeysError."""
+        files = public_tls(config.tls_cert, config.tls_key, config.tls_client_ca)
+        return cls(
+            None if files is None else ReloadedTls(files, is_server=True),
+            ApiKeys(Path(config.api_keys)) if config.api_keys else None,
+        )
+
+
 class Frontend:
     """One frontend over one socket to the engine. Made and run on one event loop.
 
@@ -47,6 +76,7 @@ class Frontend:
         self,
         config: FrontendConfig,
         text: CheckpointText,
+        access: PublicAccess,
         executor: ThreadPoolExecutor,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
@@ -59,6 +89,7 @@ class Frontend:
         self._link = EngineLink(
             reader, writer, config.silence_timeout, self._availability.update, self._on_drain
         )
+        callers = Callers(access.api_keys)
         preparer = RequestPreparer(text, self._availability, config.served_model_name, executor)
         self._slow_clients = SlowClientWatch(config.slow_client_seconds)
         self._service = GenerateService(
@@ -67,10 +98,20 @@ class Frontend:
             preparer,
             text.model_response(config.served_model_name),
             self._slow_clients,
+            callers,
             tracer,
         )
-        self._server = build_server(self._service.handler(), self._health, config.num_frontends)
-        self.port = bind(self._server, config.host, config.port, config.num_frontends)
+        guard = CallGuard(callers, self._link.count_turned_away)
+        self._server = build_server(
+            self._service.handler(),
+            self._health,
+            config.num_frontends,
+            limits=ConnectionLimits(config.max_connections, config.max_concurrent_streams),
+            # Without keys there is nobody to turn away: calls need not pass through a guard.
+            interceptors=(guard,) if access.api_keys is not None else (),
+        )
+        credentials = None if access.tls is None else server_credentials(access.tls)
+        self.port = bind(self._server, config.host, config.port, config.num_frontends, credentials)
 
     async def serve(self) -> Ending:
         """Serves until drained or until the engine is lost; returns with the port closed."""
@@ -134,9 +175,12 @@ def _ending_of(linked: asyncio.Task[None]) -> Ending:
 async def run_frontend(config: FrontendConfig, engine_socket: socket.socket) -> Ending:
     """Runs a frontend on `engine_socket`.
 
-    Raises BadCheckpoint, AddressUnavailable, TracingUnavailable.
+    Raises BadCheckpoint, AddressUnavailable, FlagError, TlsFileError, ApiKeysError,
+    TracingUnavailable.
     """
     started = time.monotonic()
+    access = PublicAccess.read(config)
+    raise_file_limit(config.max_connections)
     tracer = make_tracer(config.otlp_endpoint, config.served_model_name)
     text = CheckpointText.load(config.model)
     gc.collect()
@@ -146,11 +190,13 @@ async def run_frontend(config: FrontendConfig, engine_socket: socket.socket) -> 
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as executor,
     ):
         reader, writer = await asyncio.open_unix_connection(sock=engine_socket)
-        frontend = Frontend(config, text, executor, reader, writer, tracer)
+        frontend = Frontend(config, text, access, executor, reader, writer, tracer)
         _log.info(
-            "listening on %s:%d after %.1f s",
+            "listening on %s:%d (%s, %s) after %.1f s",
             config.host,
             frontend.port,
+            "TLS" if access.tls else "no TLS",
+            "API keys" if access.api_keys else "no API keys",
             time.monotonic() - started,
         )
         return await frontend.serve()

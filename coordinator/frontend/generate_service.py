@@ -15,6 +15,7 @@ import grpc
 
 from coordinator.frontend.availability import Availability
 from coordinator.frontend.call import Call
+from coordinator.frontend.callers import Callers
 from coordinator.frontend.engine_link import EngineLink
 from coordinator.frontend.errors import SlowClient
 from coordinator.frontend.rejections import answered
@@ -40,6 +41,7 @@ class GenerateService:
         preparer: RequestPreparer,
         model: generate_pb2.GetModelInfoResponse,
         slow_clients: SlowClientWatch,
+        callers: Callers,
         tracer: Tracer | None = None,
     ) -> None:
         self._link = link
@@ -47,6 +49,7 @@ class GenerateService:
         self._preparer = preparer
         self._model = model
         self._slow_clients = slow_clients
+        self._callers = callers
         self._tracer = tracer
         self._num_calls = 0
         self._idle = asyncio.Event()
@@ -103,7 +106,8 @@ class GenerateService:
     ) -> generate_pb2.AbortResponse:
         """Asks the engine, which knows the requests of every frontend."""
         check_request_id(request.request_id)
-        was_active = await self._link.abort(request.request_id, _ABORT_TIMEOUT_S)
+        tenant = self._callers.tenant(context, request.tenant)
+        was_active = await self._link.abort(request.request_id, _ABORT_TIMEOUT_S, tenant)
         return generate_pb2.AbortResponse(was_active=was_active)
 
     async def get_model_info(
@@ -132,6 +136,7 @@ class GenerateService:
         """
         with self._counted_call(), self._span(method, context) as span:
             clock = _clock(context)
+            request.tenant = self._callers.tenant(context, request.tenant)
             self._availability.require_ready()
             prepared = await self._preparer.prepare(request, clock)
             self._availability.require_ready()  # it may have changed while we tokenised

@@ -11,6 +11,11 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 LIVENESS = "liveness"
+CAUSE_KEY = "lockstep-cause"
+# Anybody may watch, for as long as they like.
+MAX_WATCHERS = 1024
+_MAX_CAUSE_CHARS = 1000
+_MAX_SHOWN_CHARS = 100
 _READINESS_NAMES = ("", "readiness", "lockstep.v1.GenerateService")
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -22,18 +27,22 @@ class HealthService(health_pb2_grpc.HealthServicer):
     """What load balancers and probes ask.
 
     Names: "", `readiness` and the service's own (can answer), `liveness` (the event loop runs),
-    `rank/<r>`.
+    `rank/<r>`. What is not SERVING has its cause in the trailing metadata `lockstep-cause`, of each
+    Check and of a Watch that ends.
 
     All methods run on the server's event loop. Answers cost no request to the engine.
     """
 
     def __init__(self) -> None:
         self._statuses = {LIVENESS: _SERVING} | dict.fromkeys(_READINESS_NAMES, _NOT_SERVING)
+        self._cause = ""
         self._changed = asyncio.Event()
         self._is_closed = False
+        self._num_watchers = 0
 
-    def set_ready(self, is_ready: bool) -> None:
-        """Says whether requests can be answered."""
+    def set_ready(self, is_ready: bool, cause: str = "") -> None:
+        """Says whether requests can be answered, and if not, why."""
+        self._cause = "" if is_ready else cause
         self._update(dict.fromkeys(_READINESS_NAMES, _SERVING if is_ready else _NOT_SERVING))
 
     def set_ranks(self, is_up: dict[int, bool]) -> None:
@@ -60,12 +69,23 @@ class HealthService(health_pb2_grpc.HealthServicer):
         status = self._statuses.get(request.service)
         if status is None:
             known = ", ".join(repr(name) for name in self._statuses)
-            await context.abort(
-                grpc.StatusCode.NOT_FOUND, f"service is {request.service!r}; known are {known}"
-            )
+            shown = repr(request.service[:_MAX_SHOWN_CHARS])
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"service is {shown}; known are {known}")
+        self._tell_cause(status, context)
         return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        if self._num_watchers >= MAX_WATCHERS:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHERS} watch already: use Check"
+            )
+        self._num_watchers += 1
+        try:
+            await self._watch(request, context)
+        finally:
+            self._num_watchers -= 1
+
+    async def _watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
         last = None
         while True:
             changed = self._changed
@@ -75,5 +95,16 @@ class HealthService(health_pb2_grpc.HealthServicer):
                 last = status
                 continue  # the status may have changed during the write
             if self._is_closed:
+                self._tell_cause(status, context)
                 return
             await changed.wait()
+
+    def _tell_cause(self, status: int | None, context: Any) -> None:
+        if status == _NOT_SERVING and self._cause:
+            context.set_trailing_metadata(((CAUSE_KEY, _as_header(self._cause)),))
+
+
+def _as_header(text: str) -> str:
+    """As gRPC takes a value: printable ASCII, and not long."""
+    line = " ".join(text.split()).encode("ascii", "backslashreplace").decode("ascii")
+    return "".join(char for char in line if char.isprintable())[:_MAX_CAUSE_CHARS]

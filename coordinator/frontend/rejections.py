@@ -8,7 +8,16 @@ import grpc
 from google.protobuf.message import Message
 
 from coordinator.errors import BadRequest, CoordinatorError, TextUnavailable
-from coordinator.frontend.errors import Draining, EngineLost, NotReady, RequestFailed, SlowClient
+from coordinator.frontend.error_details import status_details
+from coordinator.frontend.errors import (
+    Draining,
+    EngineLost,
+    NotReady,
+    RequestFailed,
+    SlowClient,
+    Unauthenticated,
+    WrongTenant,
+)
 from coordinator.frontend.wire import Unparsable
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
@@ -21,18 +30,24 @@ class Rejection:
     """How an error ends a call.
 
     `reason` labels the metric of refused requests; None where the engine counts, or nobody can.
+    `field` is the request's field at fault. `retry_after_s` 0: at once; None: nobody knows.
     """
 
     status: grpc.StatusCode
     reason: str | None
-    retry_after_s: float = 0.0
+    field: str | None = None
+    retry_after_s: float | None = None
 
 
 def rejection_of(error: CoordinatorError) -> Rejection:
     """The status of an error that a call may end with; others are bugs."""
     match error:
-        case BadRequest():
-            rejection = Rejection(grpc.StatusCode.INVALID_ARGUMENT, "invalid_argument")
+        case BadRequest(field=field):
+            rejection = Rejection(grpc.StatusCode.INVALID_ARGUMENT, "invalid_argument", field)
+        case Unauthenticated():
+            rejection = Rejection(grpc.StatusCode.UNAUTHENTICATED, "unauthenticated")
+        case WrongTenant():
+            rejection = Rejection(grpc.StatusCode.PERMISSION_DENIED, "permission_denied")
         case TextUnavailable():
             rejection = Rejection(grpc.StatusCode.FAILED_PRECONDITION, "failed_precondition")
         case NotReady():
@@ -42,9 +57,11 @@ def rejection_of(error: CoordinatorError) -> Rejection:
         case EngineLost():
             rejection = Rejection(grpc.StatusCode.UNAVAILABLE, None)
         case SlowClient():
-            rejection = Rejection(grpc.StatusCode.RESOURCE_EXHAUSTED, None)
-        case RequestFailed(status_code=code, retry_after_s=retry_after_s):
-            rejection = Rejection(_CODES[code], None, retry_after_s)
+            rejection = Rejection(grpc.StatusCode.RESOURCE_EXHAUSTED, None, retry_after_s=0.0)
+        case RequestFailed(status_code=code, retry_after_s=seconds, field=field):
+            status = _CODES[code]
+            is_known = seconds > 0 or status is grpc.StatusCode.RESOURCE_EXHAUSTED
+            rejection = Rejection(status, None, field or None, seconds if is_known else None)
         case _:
             raise error
     return rejection
@@ -62,14 +79,20 @@ def answered(
             response: Message | None = await method(request, context)
             return response
         except CoordinatorError as error:
-            rejection = rejection_of(error)
-            if rejection.reason is not None:
-                count(rejection.reason)
-            pushback: tuple[tuple[str, str], ...] = ()
-            if rejection.retry_after_s > 0:
-                pushback = ((_PUSHBACK_KEY, str(round(rejection.retry_after_s * 1000))),)
-            metadata = (*context.trailing_metadata(), *pushback)
-            await context.abort(rejection.status, str(error), metadata)
-            raise AssertionError("abort always raises") from error
+            rejection, message = rejection_of(error), str(error)
+        if rejection.reason is not None:
+            count(rejection.reason)
+        metadata = (*context.trailing_metadata(), *_hints(rejection, message))
+        # Not within the except: the error may quote the request, and tracebacks go to the log.
+        await context.abort(rejection.status, message, metadata)
+        raise AssertionError("abort always raises")
 
     return handler
+
+
+def _hints(rejection: Rejection, message: str) -> tuple[tuple[str, str | bytes], ...]:
+    """What a client's program can read of why, and of when to try again."""
+    details = status_details(rejection.status, message, rejection.field, rejection.retry_after_s)
+    if not rejection.retry_after_s:
+        return details
+    return ((_PUSHBACK_KEY, str(round(rejection.retry_after_s * 1000))), *details)

@@ -31,7 +31,9 @@ class Unparsable:
     error: BadRequest
 
 
-def deserialiser(message_class: _Parses) -> Callable[[bytes], Message | Unparsable]:
+def deserialiser(
+    message_class: _Parses, refuses_unknown: bool = True
+) -> Callable[[bytes], Message | Unparsable]:
     """A request deserialiser that never raises."""
 
     def deserialise(raw: bytes) -> Message | Unparsable:
@@ -39,7 +41,7 @@ def deserialiser(message_class: _Parses) -> Callable[[bytes], Message | Unparsab
             message = message_class.FromString(raw)
         except DecodeError:
             return Unparsable(_why_unparsable(message_class.DESCRIPTOR, raw))
-        unknown = _unknown_field(message)
+        unknown = _unknown_field(message) if refuses_unknown else None
         if unknown is not None:
             return Unparsable(BadRequest(*unknown))
         return message

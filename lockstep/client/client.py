@@ -93,9 +93,9 @@ class Client:
         retries = self._retries(timeout_s)
         return completion_of(self._called(self._stub.GenerateUnary, message, retries))
 
-    def abort(self, request_id: str) -> bool:
-        """Ends a request by its name; True if it was in flight."""
-        message = generate_pb2.AbortRequest(request_id=request_id)
+    def abort(self, request_id: str, tenant: str = "") -> bool:
+        """Ends a tenant's request by its name; True if it was in flight."""
+        message = generate_pb2.AbortRequest(request_id=request_id, tenant=tenant)
         retries = self._retries(self._config.info_timeout_s)
         answer = self._called(self._stub.Abort, message, retries)
         return bool(answer.was_active)

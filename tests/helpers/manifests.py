@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +52,53 @@ def settings(overlay: str) -> dict[str, str]:
 
 def pods() -> list[Pod]:
     """Every pod template of every overlay."""
+    return [pod for name, item in manifests().items() for pod in _pods_of(name, item)]
+
+
+def pods_with(overlay: str, *components: str) -> list[Pod]:
+    """The pod templates of an overlay that has these components, patched as kustomize does it."""
     found = []
     for name, item in manifests().items():
-        for template in _templates(item):
-            overlay = name.split("/")[1]
-            labels = template["metadata"]["labels"]
-            found.append(Pod(name, labels, template["spec"], settings(overlay)))
+        if name.startswith(f"overlays/{overlay}/"):
+            patched = copy.deepcopy(item)
+            for component in components:
+                _apply(component, patched)
+            found += _pods_of(name, patched)
     return found
+
+
+def _pods_of(name: str, item: dict[str, Any]) -> list[Pod]:
+    found = settings(name.split("/")[1]) if name.startswith("overlays/") else {}
+    return [
+        Pod(name, template["metadata"]["labels"], template["spec"], found)
+        for template in _templates(item)
+    ]
+
+
+def _apply(component: str, item: dict[str, Any]) -> None:
+    (content,) = documents(KUBERNETES / "components" / component / "kustomization.yaml")
+    for entry in content["patches"]:
+        target = entry["target"]
+        if target["kind"] == item["kind"] and target.get("name") in (
+            None,
+            item["metadata"]["name"],
+        ):
+            for operation in yaml.safe_load(entry["patch"]):
+                _patch(item, operation)
+
+
+def _patch(item: dict[str, Any], operation: dict[str, Any]) -> None:
+    """RFC 6902's `add` at the end of a list, and `replace`; KeyError where there is nothing."""
+    *above, last = operation["path"].strip("/").split("/")
+    place: Any = item
+    for key in above:
+        place = place[int(key)] if isinstance(place, list) else place[key]
+    if operation["op"] == "add" and last == "-":
+        place.append(operation["value"])
+    else:
+        assert operation["op"] == "replace"
+        _ = place[last]
+        place[last] = operation["value"]
 
 
 def _templates(item: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ import grpc
 
 from lockstep.client.statuses import call_failed
 from protos.lockstep.v1 import generate_pb2, generate_pb2_grpc
+from tests.helpers.connection import Connection
 
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
@@ -66,9 +67,13 @@ class Generation:
 class Client:
     """A connection to one server. Closed by `close` or at the end of a `with` block."""
 
-    def __init__(self, address: str) -> None:
-        """`address` is host:port; nothing is sent yet. Proxies of the environment are not used."""
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+    def __init__(self, server: str | Connection) -> None:
+        """`server` is host:port, or says more; nothing is sent yet.
+
+        Proxies of the environment are not used.
+        """
+        connection = Connection(server) if isinstance(server, str) else server
+        self._channel = connection.channel(_OPTIONS)
         self._stub = generate_pb2_grpc.GenerateServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -102,9 +107,9 @@ class Client:
         )
         return response
 
-    def abort(self, request_id: str) -> bool:
-        """Ends a request by its name; True if it was in flight. Raises CallFailed."""
-        message = generate_pb2.AbortRequest(request_id=request_id)
+    def abort(self, request_id: str, tenant: str = "") -> bool:
+        """Ends a tenant's request by its name; True if it was in flight. Raises CallFailed."""
+        message = generate_pb2.AbortRequest(request_id=request_id, tenant=tenant)
         answer: generate_pb2.AbortResponse = _called(
             lambda: self._stub.Abort(message, timeout=_INFO_TIMEOUT_S)
         )

@@ -15,10 +15,15 @@ from lockstep.daemon.flags import (
     parse_flags,
     positive_int,
 )
-from worker.config import COORDINATOR_FLAGS
+from lockstep.daemon.security_flags import ALLOW_PLAINTEXT, GROUP_FLAGS
+from worker.config import COORDINATOR_FLAGS, check_group_settings
 from worker.config import FLAGS as WORKER_FLAGS
 
-_SHARED = ("model", "host", "port", "metrics-host", "metrics-port", "ready-file", "log-format")
+_SHARED = (
+    *("model", "host", "port", "metrics-host", "metrics-port", "ready-file", "log-format"),
+    *(flag.name for flag in GROUP_FLAGS),
+    ALLOW_PLAINTEXT.name,
+)
 SIMULATION_FLAGS = (
     Flag(
         "step-ms",
@@ -63,8 +68,14 @@ class SimulatedConfig:
     vocab_size: int | None
     stop_probability: float
     token_text: str
+    group_cert: str = ""
+    group_key: str = ""
+    group_ca: str = ""
+    group_secret: str = ""
+    allow_plaintext: bool = False
 
     def __post_init__(self) -> None:
+        check_group_settings(self)
         if not self.model:
             raise FlagError("--model is missing; it wants a folder with config.json")
 

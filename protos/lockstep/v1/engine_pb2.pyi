@@ -64,12 +64,14 @@ class Release(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., reason: _Optional[str] = ..., output_token_count: _Optional[int] = ...) -> None: ...
 
 class AbortByName(_message.Message):
-    __slots__ = ("query", "request_id")
+    __slots__ = ("query", "request_id", "tenant")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     query: int
     request_id: str
-    def __init__(self, query: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    tenant: str
+    def __init__(self, query: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class Rejected(_message.Message):
     __slots__ = ("reason", "count")
@@ -150,7 +152,7 @@ class PromptPiece(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ...) -> None: ...
 
 class Ended(_message.Message):
-    __slots__ = ("handle", "finish_reason", "stop_token_id", "status_code", "status_message", "retry_after_seconds", "times")
+    __slots__ = ("handle", "finish_reason", "stop_token_id", "status_code", "status_message", "retry_after_seconds", "times", "field")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +160,7 @@ class Ended(_message.Message):
     STATUS_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
     handle: int
     finish_reason: _generate_pb2.FinishReason
     stop_token_id: int
@@ -165,7 +168,8 @@ class Ended(_message.Message):
     status_message: str
     retry_after_seconds: float
     times: RequestTimes
-    def __init__(self, handle: _Optional[int] = ..., finish_reason: _Optional[_Union[_generate_pb2.FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., status_code: _Optional[int] = ..., status_message: _Optional[str] = ..., retry_after_seconds: _Optional[float] = ..., times: _Optional[_Union[RequestTimes, _Mapping]] = ...) -> None: ...
+    field: str
+    def __init__(self, handle: _Optional[int] = ..., finish_reason: _Optional[_Union[_generate_pb2.FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., status_code: _Optional[int] = ..., status_message: _Optional[str] = ..., retry_after_seconds: _Optional[float] = ..., times: _Optional[_Union[RequestTimes, _Mapping]] = ..., field: _Optional[str] = ...) -> None: ...
 
 class RequestTimes(_message.Message):
     __slots__ = ("queue_seconds", "prefill_seconds", "decode_seconds", "comm_share", "step_count", "preemption_count", "cached_token_count", "epoch")

@@ -140,7 +140,7 @@ def test_an_abort_finds_a_request_that_still_waits_for_its_first_mask() -> None:
     async def script(group: Harness, masks: Masks) -> None:
         group.submit(1, [4], 9, regex="a", request_id="name")
         await masks.until(lambda: bool(masks.opened))
-        request = group.book._by_name["name"][0]
+        request = group.book._by_name["", "name"][0]
         group.book.finish(request, generate_pb2.FINISH_REASON_ABORTED)
         group.leader.wake()
         await group.heard.end_of(1)

@@ -141,5 +141,11 @@ def test_a_frontend_is_started_as_it_expects() -> None:
         "--silence-timeout": "11.0",
         "--num-frontends": "2",
         "--slow-client-seconds": "30.0",
+        "--tls-cert": "",
+        "--tls-key": "",
+        "--tls-client-ca": "",
+        "--api-keys": "",
+        "--max-connections": "4096",
+        "--max-concurrent-streams": "2048",
         "--log-format": "text",
     }

@@ -194,3 +194,36 @@ def test_acceptance_is_told_before_any_token() -> None:
             await group.heard.end_of(1)
 
     asyncio.run(run())
+
+
+def test_names_are_a_tenants_own_and_so_is_abort() -> None:
+    async def run() -> None:
+        async with running_group(max_num_seqs=4) as group:
+            for handle, tenant in ((4, "a"), (5, "b"), (6, "")):
+                group.submit(handle, [1], 200, request_id="same", tenant=tenant)
+            assert not group.metrics.requests_rejected
+            await group.heard.until(lambda: all(group.heard.tokens.get(h) for h in (4, 5, 6)))
+            for query, tenant in ((1, "c"), (2, "b")):
+                abort = engine_pb2.AbortByName(query=query, request_id="same", tenant=tenant)
+                group.book.abort(0, abort)
+            group.leader.wake()
+            await group.heard.end_of(5)
+            assert not group.heard.ended.get(4) and not group.heard.ended.get(6)
+            group.submit(7, [1], 4, request_id="same", tenant="b")  # free again
+            await group.heard.end_of(7)
+            (refusal,) = (await refuse(group, _named("same", "a")),)
+            assert (refusal.field, refusal.status_code) == ("request_id", INVALID.value[0])
+            for tenant in ("a", ""):
+                abort = engine_pb2.AbortByName(query=9, request_id="same", tenant=tenant)
+                group.book.abort(0, abort)
+            group.leader.wake()
+            await group.heard.end_of(4, 6)
+
+    asyncio.run(run())
+
+
+def _named(request_id: str, tenant: str) -> Callable[[engine_pb2.Submit], Any]:
+    def change(submit: engine_pb2.Submit) -> None:
+        submit.request_id, submit.tenant = request_id, tenant
+
+    return change

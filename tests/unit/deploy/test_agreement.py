@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -16,10 +17,11 @@ from coordinator.config import CoordinatorConfig, coordinator_config
 from coordinator.engine import _DRAIN_MARGIN_S
 from coordinator.frontend.health import HealthService
 from lockstep import cli, health, serve, workers
+from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import FlagError
 from lockstep.serve import group_spec, serve_config
 from lockstep.workers import workers_config
-from tests.helpers.manifests import Pod, manifests, pods
+from tests.helpers.manifests import OVERLAYS, Pod, manifests, pods, pods_with
 from worker.config import worker_config
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
@@ -243,3 +245,102 @@ def test_prometheus_scrapes_the_ports_that_the_units_serve() -> None:
         words, environ = unit_command("lockstep-worker@.service", str(rank))
         assert target == f"127.0.0.1:{worker_config(words[1:], environ).metrics_port}"
     assert len(targets["lockstep-worker"]) == coordinator.world_size
+
+
+SECURE = [
+    ("one-host", ("tls",)),
+    ("one-host", ("tls", "api-keys")),
+    ("several-hosts", ("tls", "api-keys", "group-tls")),
+    ("several-hosts", ("group-tls",)),
+    ("leaderworkerset", ("tls", "api-keys", "group-tls")),
+]
+
+
+def command_config(words: Sequence[str], environ: Mapping[str, str]) -> Any:
+    """The settings of a container's daemon; of `serve` those of its coordinator."""
+    command, *flags = words
+    if command == "workers":
+        ours = workers_config(flags, environ)
+        (first, *_) = ours.commands("/m").values()
+        return worker_config(first[4:], {})
+    if command == "serve":
+        group = group_spec(serve_config(flags, environ), Path("/m"), {})
+        return coordinator_config(group.coordinator_command(["h:1"], 50051, 9851, "")[4:], {})
+    return coordinator_config(flags, environ)
+
+
+@pytest.mark.parametrize(("overlay", "components"), SECURE)
+def test_components_give_daemons_files_that_are_mounted(
+    overlay: str, components: tuple[str, ...]
+) -> None:
+    for pod in pods_with(overlay, *components):
+        volumes = {volume["name"] for volume in pod.spec["volumes"]}
+        for container in pod.spec["containers"]:
+            words = [re.sub(r"\$\(LEADER\)", "group-0", word) for word in container["args"]]
+            config = command_config(words, pod.environ(container))
+            mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            assert set(mounts.values()) <= volumes
+            is_public = words[0] != "workers"
+            has_tls = "tls" in components if is_public else "group-tls" in components
+            assert config.allow_plaintext is not has_tls
+            files = [config.group_cert, config.group_key, config.group_ca, config.group_secret]
+            assert all(bool(file) == ("group-tls" in components) for file in files)
+            if is_public:
+                assert bool(config.tls_cert) == bool(config.tls_key) == ("tls" in components)
+                assert bool(config.api_keys) == ("api-keys" in components)
+                files += [config.tls_cert, config.tls_key, config.api_keys]
+            assert all(str(Path(file).parent) in mounts for file in files if file)
+
+
+@pytest.mark.parametrize(("overlay", "components"), SECURE)
+def test_probes_of_a_port_with_tls_are_commands_that_speak_it(
+    overlay: str, components: tuple[str, ...]
+) -> None:
+    for pod in pods_with(overlay, *components):
+        for container in pod.spec["containers"]:
+            is_public = container["args"][0] != "workers"
+            has_tls = ("tls" if is_public else "group-tls") in components
+            port = 50051 if is_public else 50100
+            folder = "/etc/lockstep/tls" if is_public else "/etc/lockstep/group"
+            probes = [container[name] for name in container if name.endswith("Probe")]
+            assert all(("exec" in probe) is has_tls for probe in probes)
+            for probe in probes if has_tls else []:
+                words = probe["exec"]["command"]
+                assert words[:2] == ["lockstep", "health"]
+                assert f"--address=127.0.0.1:{port}" in words
+                assert f"--tls-ca={folder}/ca.crt" in words
+                assert (f"--tls-key={folder}/tls.key" in words) is not is_public
+                # Parsed, and stopped by the files that are not here.
+                assert health.main(words[2:]) == ExitCode.CONFIG
+                service = words[2].partition("=")[2]
+                assert service in (set(HealthService()._statuses) if is_public else WORKER_PROBES)
+
+
+@pytest.mark.parametrize(("overlay", "components"), SECURE)
+def test_a_pod_with_components_fits_the_schema(overlay: str, components: tuple[str, ...]) -> None:
+    for pod in pods_with(overlay, *components):
+        metadata = {"name": "any", "labels": pod.labels}
+        item = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod.spec}
+        kubernetes_validate.validate(item, "1.37", strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_without_its_explicit_word_an_overlay_would_not_serve_in_the_clear(overlay: str) -> None:
+    for pod in pods_with(overlay):
+        for container in pod.spec["containers"]:
+            words = [re.sub(r"\$\(LEADER\)", "group-0", word) for word in container["args"]]
+            environ = pod.environ(container)
+            del environ["LOCKSTEP_ALLOW_PLAINTEXT"]
+            with pytest.raises(FlagError, match="--allow-plaintext"):
+                command_config(words, environ)
+
+
+def test_what_the_environment_file_comments_out_are_settings() -> None:
+    words, environ = unit_command("lockstep-coordinator.service")
+    text = (SYSTEMD / "lockstep.env").read_text()
+    offered = dict(re.findall(r"^#(LOCKSTEP_\w+)=(.*)$", text, re.M))
+    assert {"LOCKSTEP_TLS_CERT", "LOCKSTEP_API_KEYS", "LOCKSTEP_GROUP_SECRET"} <= offered.keys()
+    config = coordinator_config(words[1:], environ | offered)
+    assert config.tls_cert and config.group_ca
+    words, environ = unit_command("lockstep-worker@.service")
+    assert worker_config(words[1:], environ | offered).group_secret == config.group_secret

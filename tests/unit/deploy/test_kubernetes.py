@@ -60,9 +60,10 @@ def test_a_planted_mistake_does_not_fit(path: tuple[Any, ...], value: object) ->
 @pytest.mark.parametrize("path", sorted(KUBERNETES.rglob("kustomization.yaml")), ids=str)
 def test_a_kustomization_lists_every_file_beside_it_and_no_other(path: Path) -> None:
     (content,) = documents(path)
-    listed = {name for name in content["resources"] if not name.startswith("..")}
+    resources = content.get("resources", [])
+    listed = {name for name in resources if not name.startswith("..")}
     assert listed == {item.name for item in path.parent.glob("*.yaml")} - {path.name}
-    for name in content["resources"]:
+    for name in resources:
         assert (path.parent / name).exists(), name
     for generator in content.get("configMapGenerator", []):
         assert all((path.parent / name).is_file() for name in generator["envs"])

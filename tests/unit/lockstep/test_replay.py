@@ -19,7 +19,9 @@ def test_the_replay_stands_in_the_coordinators_place_and_leaves_the_workers(
     command = group.coordinator_command(["h:1", "h:2"], 0, 0, "/r")
     assert command[3:7] == ["coordinator.replay", "steps", "--workers", "h:1,h:2"]
     words = ["--leave-workers", "--pace", "recorded", "--json", "--model", str(tmp_path)]
-    assert command[7:] == words
+    assert command[7:-2] == words
+    assert command[-2] == "--group-secret"
+    assert command[-1] in group.worker_command(0, 0, 0, "/r")
     assert "worker" in group.worker_command(0, 0, 0, "/r")
 
 

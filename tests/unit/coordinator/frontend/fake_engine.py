@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import socket
 import struct
@@ -201,9 +202,10 @@ def frontend_config(
     silence_timeout: float = 60.0,
     slow_client_seconds: float = 60.0,
     otlp_endpoint: str = "",
+    **changes: object,
 ) -> FrontendConfig:
     """Settings of a frontend on any port; its engine is this process."""
-    return FrontendConfig(
+    config = FrontendConfig(
         engine_fd=-1,
         engine_pid=1,
         model=model,
@@ -213,9 +215,16 @@ def frontend_config(
         silence_timeout=silence_timeout,
         num_frontends=1,
         slow_client_seconds=slow_client_seconds,
+        tls_cert="",
+        tls_key="",
+        tls_client_ca="",
+        api_keys="",
+        max_connections=4096,
+        max_concurrent_streams=2048,
         log_format="text",
         otlp_endpoint=otlp_endpoint,
     )
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
 @contextlib.asynccontextmanager
@@ -225,33 +234,52 @@ async def serving(
     is_ready: bool = True,
     slow_client_seconds: float = 60.0,
     otlp_endpoint: str = "",
+    credentials: grpc.ChannelCredentials | None = None,
+    metadata: Sequence[tuple[str, str]] = (),
+    **changes: object,
 ) -> AsyncIterator[Served]:
-    """Runs a frontend for the length of the block; afterwards it has ended."""
+    """Runs a frontend for the length of the block; afterwards it has ended.
+
+    `changes` are of its settings; the channel is made with `credentials`, and what finds out
+    whether it is ready shows `metadata`.
+    """
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
         end.setblocking(False)
     reader, writer = await asyncio.open_unix_connection(sock=ours)
     engine = FakeEngine(reader, writer)
     listening = asyncio.create_task(engine.listen())
-    config = frontend_config(model, silence_timeout, slow_client_seconds, otlp_endpoint)
+    config = frontend_config(model, silence_timeout, slow_client_seconds, otlp_endpoint, **changes)
     ending = asyncio.create_task(run_frontend(config, theirs))
     try:
         await within(engine.listening.wait())
         if is_ready:
             engine.send_state()
-        options = [("grpc.enable_http_proxy", 0)]
         address = f"127.0.0.1:{engine.port}"
-        async with grpc.aio.insecure_channel(address, options=options) as channel:
+        async with open_channel(address, credentials) as channel:
             stub = generate_pb2_grpc.GenerateServiceStub(channel)
             if is_ready:
-                await _until_ready(stub)
+                await _until_ready(stub, metadata)
             yield Served(engine, channel, stub, ending)
     finally:
         engine.close()
         await within(asyncio.wait({ending, listening}))
 
 
-async def _until_ready(stub: generate_pb2_grpc.GenerateServiceStub) -> None:
+def open_channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None
+) -> grpc.aio.Channel:
+    """A connection of its own."""
+    options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+async def _until_ready(
+    stub: generate_pb2_grpc.GenerateServiceStub, metadata: Sequence[tuple[str, str]]
+) -> None:
+    request = generate_pb2.GetServerInfoRequest()
     async with asyncio.timeout(WAIT_S):
-        while not (await stub.GetServerInfo(generate_pb2.GetServerInfoRequest())).is_ready:
+        while not (await stub.GetServerInfo(request, metadata=metadata)).is_ready:
             await asyncio.sleep(0)

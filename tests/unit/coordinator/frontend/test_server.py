@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import resource
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -11,12 +12,21 @@ import grpc
 import pytest
 
 from coordinator.frontend.health import HealthService
-from coordinator.frontend.server import AddressUnavailable, bind, build_server, server_options
+from coordinator.frontend.server import (
+    MAX_RECEIVE_BYTES,
+    AddressUnavailable,
+    ConnectionLimits,
+    bind,
+    build_server,
+    raise_file_limit,
+    server_options,
+)
 from tests.unit.coordinator.frontend.fake_engine import within
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _SETTINGS, _PING, _GOAWAY = 0, 4, 6, 7
 _ACK = 1
+_MAX_CONCURRENT_STREAMS = 3  # of SETTINGS
 
 
 def _empty_handler() -> grpc.GenericRpcHandler:
@@ -173,3 +183,86 @@ def test_client_that_does_not_answer_pings_is_cut() -> None:
 def test_only_several_frontends_reuse_the_port() -> None:
     assert dict(server_options(1))["grpc.so_reuseport"] == 0
     assert dict(server_options(2))["grpc.so_reuseport"] == 1
+
+
+@contextlib.asynccontextmanager
+async def _limited(limits: ConnectionLimits) -> AsyncIterator[int]:
+    """Port of a server whose one call, /x/echo, answers with what it is sent."""
+
+    async def echo(request: bytes, context: Any) -> bytes:
+        return request
+
+    handler = grpc.unary_unary_rpc_method_handler(echo)
+    handlers = grpc.method_handlers_generic_handler("x", {"echo": handler})
+    server = build_server(handlers, HealthService(), 1, limits=limits)
+    port = bind(server, "127.0.0.1", 0)
+    await server.start()
+    try:
+        yield port
+    finally:
+        await server.stop(None)
+
+
+async def _settings(connection: "_Http2") -> dict[int, int]:
+    """The server's SETTINGS, by identifier (RFC 9113, 6.5.2)."""
+    while True:
+        kind, flags, payload = await within(connection.receive())
+        if kind == _SETTINGS and not flags & _ACK:
+            return dict(struct.iter_unpack(">HI", payload))
+
+
+def test_a_connection_is_told_how_many_calls_it_may_have_open() -> None:
+    async def main() -> None:
+        limits = ConnectionLimits(max_concurrent_streams=7)
+        async with _limited(limits) as port, _connection(port) as connection:
+            assert (await _settings(connection))[_MAX_CONCURRENT_STREAMS] == 7
+
+    asyncio.run(main())
+
+
+def test_connections_beyond_the_limit_are_closed_and_those_within_are_served() -> None:
+    async def main() -> None:
+        limits = ConnectionLimits(max_connections=3)
+        async with _limited(limits) as port, contextlib.AsyncExitStack() as opened:
+            kept = []
+            for _ in range(3):
+                kept.append(await opened.enter_async_context(_connection(port)))
+                await _settings(kept[-1])
+            for _ in range(5):
+                async with _connection(port) as refused:
+                    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+                        await within(refused.receive())
+            assert [await within(one.ping(1)) for one in kept] == ["pong"] * 3
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("message", "metadata"),
+    [(b"x" * (MAX_RECEIVE_BYTES + 1), ()), (b"x", (("padding", "x" * (20 << 10)),))],
+    ids=["message", "metadata"],
+)
+def test_what_is_too_large_is_refused_and_the_connection_goes_on(
+    message: bytes, metadata: Any
+) -> None:
+    async def main() -> None:
+        async with _limited(ConnectionLimits()) as port:
+            options = [("grpc.enable_http_proxy", 0), ("grpc.max_send_message_length", -1)]
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
+                call = channel.unary_unary("/x/echo")
+                with pytest.raises(grpc.aio.AioRpcError) as ended:
+                    await within(call(message, metadata=metadata))
+                assert ended.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert await within(call(b"x")) == b"x"
+
+    asyncio.run(main())
+
+
+def test_as_many_files_may_be_open_as_connections() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        raise_file_limit(1000)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
