@@ -26,6 +26,7 @@ from coordinator.frontend.validation import (
     check_text,
     check_text_length,
     check_token_ids,
+    refuse_unsupported,
     resolve_sampling,
 )
 from protos.lockstep.v1 import engine_pb2, generate_pb2
@@ -189,6 +190,7 @@ def _request_fields(params: generate_pb2.SamplingParams) -> RequestFields:
     if num_stop_ids > MAX_STOP_IDS:
         raise BadRequest("number of stop_token_ids", num_stop_ids, f"at most {MAX_STOP_IDS}")
     present = {field.name: value for field, value in params.ListFields()}
+    refuse_unsupported(present)
     return RequestFields(**present)
 
 

@@ -4,7 +4,7 @@ Every refusal is a BadRequest that names the field, its value and the limit.
 """
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,6 +24,20 @@ from coordinator.frontend.sampling_limits import (
     SAMPLING_RANGES,
     Range,
 )
+
+UNSUPPORTED = (
+    "logit_bias",
+    "bad_words",
+    "json_schema",
+    "json_object",
+    "regex",
+    "lark_grammar",
+    "choice",
+    "gbnf_grammar",
+    "prompt_logprobs",
+    "include_stop",
+)
+"""Fields of the public SamplingParams that are refused when set."""
 
 _Number = TypeVar("_Number", int, float)
 
@@ -145,6 +159,16 @@ def resolve_sampling(
         num_logprobs=fields.logprobs,
         num_samples=num_samples,
     )
+
+
+def refuse_unsupported(present: Mapping[str, object]) -> None:
+    """Refuses, by name, fields of the public API that this version does not honour yet.
+
+    `present` are the fields of SamplingParams that a request states. Raises BadRequest.
+    """
+    for name in UNSUPPORTED:
+        if name in present:
+            raise BadRequest(name, present[name], "unset: this version does not honour it")
 
 
 def check_scheduling(priority: int, tenant: str) -> None:

@@ -102,7 +102,8 @@ def _unknown_field(message: Message) -> tuple[str, str, str] | None:
             "unset: this server's version does not know it",
         )
     for field, value in message.ListFields():
-        if field.message_type is None:
+        # The one map of the API has numbers for values: no messages to look into.
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
             continue
         for inner in value if field.is_repeated else (value,):
             unknown = _unknown_field(inner)

@@ -109,6 +109,25 @@ BAD = {
 }
 
 
+# Each is refused by its name, whatever its value.
+UNSUPPORTED: dict[str, Any] = {
+    "logit_bias": {1: 1.0},
+    "bad_words": ["x"],
+    "json_schema": "{}",
+    "json_object": True,
+    "regex": "a*",
+    "lark_grammar": "start: /a/",
+    "choice": generate_pb2.ChoiceConstraint(choices=["a"]),
+    "gbnf_grammar": 'root ::= "a"',
+    "prompt_logprobs": 0,
+    "include_stop": True,
+}
+BAD |= {
+    f"unsupported {name}": (request(**{name: value}), [name, "unset"])
+    for name, value in UNSUPPORTED.items()
+}
+
+
 def check_refusals(
     model: Path,
     send: Callable[[Served], Any],
