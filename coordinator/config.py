@@ -18,7 +18,7 @@ from lockstep.daemon.flags import (
 )
 
 # Settings that daemons share a file and an environment for, but that are not ours.
-ELSEWHERE = frozenset({"tp", "devices", "device", "num-threads", "nccl-path"})
+ELSEWHERE = frozenset({"tp", "devices", "device", "num-threads", "nccl-path", "http"})
 
 _MIN_LOG_BYTES = 1 << 20
 

@@ -101,6 +101,7 @@ class GroupStatus:
             block_count=group.num_blocks if group else 0,
             block_size=self._config.block_size,
             max_num_seqs=self._config.max_num_seqs,
+            kv_cache_usage=batch.kv_usage if batch else 0.0,
         )
         state = engine_pb2.GroupState(
             is_ready=self.is_ready,

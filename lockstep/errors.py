@@ -17,6 +17,10 @@ class ConfigError(LockstepError):
     """The settings of a command do not fit together or this host."""
 
 
+class AddressInUse(LockstepError):
+    """Something else listens where this was told to."""
+
+
 class CallFailed(LockstepError):
     """The server ended a call with a status; `code` is its name, "UNAVAILABLE" for example."""
 

@@ -19,6 +19,7 @@ from coordinator.frontend.health import HealthService
 from coordinator.frontend.request_preparer import RequestPreparer
 from coordinator.frontend.server import bind, build_server
 from coordinator.frontend.slow_clients import SlowClientWatch
+from coordinator.frontend.vllm_service import VllmService
 
 # For the last messages of streams that have just been ended to reach their clients.
 _FLUSH_SECONDS = 1.0
@@ -61,6 +62,16 @@ class Frontend:
             self._slow_clients,
         )
         self._server = build_server(self._service.handler(), self._health, config.num_frontends)
+        gateway = VllmService(
+            self._service,
+            self._availability,
+            text,
+            config.served_model_name,
+            self._slow_clients,
+            executor,
+        )
+        handler = gateway.handler(self._link.report_rejected)
+        self._server.add_generic_rpc_handlers((handler,))
         self.port = bind(self._server, config.host, config.port, config.num_frontends)
 
     async def serve(self) -> Ending:

@@ -2,7 +2,7 @@
 
 A request's life here: prepare (validate, tokenise on another thread), submit, wait for the engine's
 acceptance, then `started`, deltas, `finished` (call.py). Whatever ends the RPC early (client gone,
-deadline, error) releases the request in the engine; that is the `finally` of `_call`.
+deadline, error) releases the request in the engine; that is the `finally` of `open_call`.
 """
 
 import asyncio
@@ -18,7 +18,12 @@ from coordinator.frontend.call import Call
 from coordinator.frontend.engine_link import EngineLink
 from coordinator.frontend.errors import SlowClient
 from coordinator.frontend.rejections import answered
-from coordinator.frontend.request_preparer import CallClock, RequestPreparer, check_request_id
+from coordinator.frontend.request_preparer import (
+    CallClock,
+    Dialect,
+    RequestPreparer,
+    check_request_id,
+)
 from coordinator.frontend.slow_clients import SlowClientWatch
 from coordinator.frontend.trailing_metadata import frontend_metadata
 from coordinator.frontend.unary_answer import UnaryAnswer
@@ -27,6 +32,7 @@ from protos.lockstep.v1 import generate_pb2
 
 _ABORT_TIMEOUT_S = 10.0
 _SERVICE = "lockstep.v1.GenerateService"
+_LOCKSTEP = Dialect()
 
 
 class GenerateService:
@@ -76,7 +82,7 @@ class GenerateService:
 
     async def generate(self, request: generate_pb2.GenerateRequest, context: Any) -> None:
         """Streams events as fast as the client takes them; what queues meanwhile is joined."""
-        async with self._call(request, context) as call, self._slow_clients.watch(call.streams):
+        async with self.open_call(request, context) as call, self._slow_clients.watch(call.streams):
             while not call.is_done:
                 for event in await call.next_events():
                     await context.write(event)
@@ -85,7 +91,7 @@ class GenerateService:
         self, request: generate_pb2.GenerateUnaryRequest, context: Any
     ) -> generate_pb2.GenerateUnaryResponse:
         """The same events, joined."""
-        async with self._call(request.request, context) as call:
+        async with self.open_call(request.request, context) as call:
             answer = UnaryAnswer(call.num_samples)
             while not call.is_done:
                 for event in await call.next_events():
@@ -117,8 +123,8 @@ class GenerateService:
         return self._availability.server_response
 
     @contextlib.asynccontextmanager
-    async def _call(
-        self, request: generate_pb2.GenerateRequest, context: Any
+    async def open_call(
+        self, request: generate_pb2.GenerateRequest, context: Any, dialect: Dialect = _LOCKSTEP
     ) -> AsyncIterator[Call]:
         """One call in the engine, for the length of the block; what still runs then is released.
 
@@ -127,7 +133,7 @@ class GenerateService:
         with self._counted_call():
             clock = _clock(context)
             self._availability.require_ready()
-            prepared = await self._preparer.prepare(request, clock)
+            prepared = await self._preparer.prepare(request, clock, dialect)
             self._availability.require_ready()  # it may have changed while we tokenised
             call = Call(prepared, self._link)
             frontend_s = time.monotonic() - clock.arrival_time

@@ -11,7 +11,12 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 LIVENESS = "liveness"
-_READINESS_NAMES = ("", "readiness", "lockstep.v1.GenerateService")
+_READINESS_NAMES = (
+    "",
+    "readiness",
+    "lockstep.v1.GenerateService",
+    "vllm.grpc.engine.VllmEngine",
+)
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -21,8 +26,8 @@ _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 class HealthService(health_pb2_grpc.HealthServicer):
     """What load balancers and probes ask.
 
-    Names: "", `readiness` and the service's own (can answer), `liveness` (the event loop runs),
-    `rank/<r>`.
+    Names: "", `readiness` and those of the services (can answer), `liveness` (the event loop
+    runs), `rank/<r>`.
 
     All methods run on the server's event loop. Answers cost no request to the engine.
     """

@@ -9,6 +9,7 @@ from grpc_reflection.v1alpha import reflection
 from coordinator.errors import CoordinatorError
 from coordinator.frontend.health import HealthService
 from lockstep.daemon.addresses import bind_problem
+from protos.vllm_engine import vllm_engine_pb2
 
 # A 10 MB text must reach our own check, whose answer names field and limit.
 MAX_RECEIVE_BYTES = 64 * 2**20
@@ -56,6 +57,7 @@ def build_server(
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     names = (
         "lockstep.v1.GenerateService",
+        vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name,
         health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
         reflection.SERVICE_NAME,
     )

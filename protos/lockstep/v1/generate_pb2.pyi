@@ -274,7 +274,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "is_ready", "epoch", "ranks", "running_count", "waiting_count", "block_count", "block_size", "max_num_seqs")
+    __slots__ = ("version", "is_ready", "epoch", "ranks", "running_count", "waiting_count", "block_count", "block_size", "max_num_seqs", "kv_cache_usage")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IS_READY_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +284,7 @@ class GetServerInfoResponse(_message.Message):
     BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_USAGE_FIELD_NUMBER: _ClassVar[int]
     version: str
     is_ready: bool
     epoch: int
@@ -293,7 +294,8 @@ class GetServerInfoResponse(_message.Message):
     block_count: int
     block_size: int
     max_num_seqs: int
-    def __init__(self, version: _Optional[str] = ..., is_ready: bool = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., block_count: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
+    kv_cache_usage: float
+    def __init__(self, version: _Optional[str] = ..., is_ready: bool = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., block_count: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ...) -> None: ...
 
 class RankInfo(_message.Message):
     __slots__ = ("rank", "address", "pid", "device", "is_up", "local_q_head_count", "local_kv_head_count", "parameter_count", "bytes_read", "all_reduce_count")
