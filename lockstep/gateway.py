@@ -7,6 +7,7 @@ asks us for model, limits and tokenizer. docs/openai-http.md says what it can do
 import http.client
 import importlib.util
 import ipaddress
+import json
 import math
 import socket
 import sys
@@ -26,7 +27,7 @@ _MAX_PAYLOAD_BYTES = 64 * 2**20
 _NO_WEDGE_S = 86400
 # Nobody listens there. The gateway looks for a tokenizer on a model hub before it asks us.
 _NO_HUB = "http://127.0.0.1:9"
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+_TEMPLATE_FILES = ("chat_template.json", "tokenizer_config.json")
 # What a chat template writes for calls of tools -> the gateway's parser of that.
 _TOOL_PARSERS = {"<tool_call>": "qwen", "[TOOL_CALLS]": "mistral", "<|python_tag|>": "llama"}
 
@@ -138,8 +139,7 @@ def free_port(host: str) -> int:
 
 def _parser_flags(model_dir: Path) -> Sequence[str]:
     """How the model writes calls of tools and thoughts, by its chat template."""
-    files = (model_dir / name for name in _TEMPLATE_FILES)
-    template = "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+    template = _template(model_dir)
     flags: list[str] = []
     for mark, parser in _TOOL_PARSERS.items():
         if mark in template:
@@ -148,6 +148,19 @@ def _parser_flags(model_dir: Path) -> Sequence[str]:
     if "enable_thinking" in template:
         flags += ["--reasoning-parser", "qwen3"]
     return flags
+
+
+def _template(model_dir: Path) -> str:
+    """The text of the chat template, of all if there are several; "" if there is none."""
+    file = model_dir / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in _TEMPLATE_FILES:
+        if (model_dir / name).is_file():
+            holder = json.loads((model_dir / name).read_text(encoding="utf-8"))
+            if "chat_template" in holder:
+                return json.dumps(holder["chat_template"], ensure_ascii=False)
+    return ""
 
 
 def _is_loopback(host: str) -> bool:
