@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 from tokenizers import Tokenizer
 
@@ -81,6 +82,17 @@ def test_the_model_is_listed_and_no_other_is_known(client: openai.OpenAI) -> Non
     assert [model.id for model in client.models.list()] == [MODEL]
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="other", messages=messages("hi"))
+
+
+def test_nothing_listens_where_others_could_reach_it(group: ServedGroup) -> None:
+    listening = {
+        connection.laddr
+        for member in group.members()
+        for connection in member.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert int(group.http.rpartition(":")[2]) in {address.port for address in listening}
+    assert {address.ip.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
 
 
 def test_chat_answers_as_over_grpc(client: openai.OpenAI, direct: Client) -> None:
