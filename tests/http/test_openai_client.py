@@ -241,7 +241,7 @@ def test_a_client_that_leaves_frees_its_slot_and_blocks(
     group: ServedGroup, client: openai.OpenAI, stream: bool
 ) -> None:
     before = num_generated(group)
-    long = {"max_tokens": 900, "extra_body": {"ignore_eos": True}}
+    long: dict[str, Any] = {"max_tokens": 900, "extra_body": {"ignore_eos": True}}
     if stream:
         chunks = chat(client, stream=True, **long)
         for _ in range(3):

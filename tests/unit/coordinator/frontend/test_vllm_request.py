@@ -77,7 +77,7 @@ def test_a_parameter_has_its_counterpart(theirs: dict[str, Any], ours: dict[str,
 def test_every_parameter_is_translated_refused_or_known_to_need_nothing() -> None:
     translated = {
         name
-        for mark in test_a_parameter_has_its_counterpart.pytestmark  # type: ignore[attr-defined]
+        for mark in test_a_parameter_has_its_counterpart.pytestmark
         for theirs, _ in mark.args[1]
         for name in theirs
     }

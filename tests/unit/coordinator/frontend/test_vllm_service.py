@@ -216,8 +216,8 @@ def test_abort_ends_the_stream_and_is_idempotent(model: Path) -> None:
             query = await within(served.engine.aborts.get())
             asked[query.request_id] = query.query
         served.engine.end(submit.handle, ABORTED)
-        for name, query in asked.items():
-            outcome = engine_pb2.AbortOutcome(query=query, was_active=name == "r")
+        for name, number in asked.items():
+            outcome = engine_pb2.AbortOutcome(query=number, was_active=name == "r")
             served.engine.send(abort_outcome=outcome)
         await within(abort)
         (last,) = await collect(call)
