@@ -40,7 +40,8 @@ class HttpAddress:
     port: int
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,13 @@ def http_address(text: str) -> HttpAddress | None:
     host, _, port = (DEFAULT_ADDRESS if text == "on" else text).rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ValueError("want on, off or HOST:PORT")
-    if not _is_loopback(host.strip("[]")):
+    host = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    if not _is_loopback(host):
         raise ValueError(
             "want a loopback address: the gateway asks nobody who they are; "
             "for others put a proxy with TLS and authentication before it"
         )
-    return HttpAddress(host.strip("[]"), int(port) or free_port(host.strip("[]")))
+    return HttpAddress(host, int(port) or free_port(host))
 
 
 def require_gateway() -> None:
@@ -164,8 +166,6 @@ def _template(model_dir: Path) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

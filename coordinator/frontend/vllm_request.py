@@ -25,7 +25,7 @@ def lockstep_request(request: vllm_engine_pb2.GenerateRequest) -> generate_pb2.G
     )
     match request.WhichOneof("input"):
         case "tokenized":
-            _check_int32("tokenized.input_ids", request.tokenized.input_ids)
+            _check_ids("tokenized.input_ids", request.tokenized.input_ids)
             asked.token_ids.ids.extend(request.tokenized.input_ids)
         case "text":
             asked.text = request.text
@@ -55,8 +55,8 @@ def _sampling_params(params: vllm_engine_pb2.SamplingParams) -> generate_pb2.Sam
     """Numbers that cannot be unset are taken as they are; those with 0 for "off" are off then."""
     _refuse_unknown_to_us(params)
     for name in ("top_k", "min_tokens", "n"):
-        _check_int32(name, (getattr(params, name),))
-    _check_int32("stop_token_ids", params.stop_token_ids)
+        _check_int32(name, getattr(params, name))
+    _check_ids("stop_token_ids", params.stop_token_ids)
     asked = generate_pb2.SamplingParams(
         top_p=params.top_p or 1.0,
         top_k=params.top_k,
@@ -103,10 +103,13 @@ def _set_constraint(
             asked.choice.choices.extend(params.choice.choices)
 
 
-def _check_int32(field: str, values: Sequence[int]) -> None:
+def _check_int32(field: str, value: int) -> None:
     """Ours are signed: a value beyond would not even fit the message."""
-    if max(values, default=0) <= MAX_INT32:
-        return
-    index = next(index for index, value in enumerate(values) if value > MAX_INT32)
-    name = field if len(values) == 1 and "_ids" not in field else f"{field}[{index}]"
-    raise BadRequest(name, values[index], f"at most {MAX_INT32}")
+    if value > MAX_INT32:
+        raise BadRequest(field, value, f"at most {MAX_INT32}")
+
+
+def _check_ids(field: str, ids: Sequence[int]) -> None:
+    if max(ids, default=0) > MAX_INT32:
+        for index, value in enumerate(ids):
+            _check_int32(f"{field}[{index}]", value)

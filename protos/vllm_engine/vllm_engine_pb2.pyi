@@ -182,12 +182,10 @@ class HealthCheckRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class HealthCheckResponse(_message.Message):
-    __slots__ = ("healthy", "message")
+    __slots__ = ("healthy",)
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
-    MESSAGE_FIELD_NUMBER: _ClassVar[int]
     healthy: bool
-    message: str
-    def __init__(self, healthy: bool = ..., message: _Optional[str] = ...) -> None: ...
+    def __init__(self, healthy: bool = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ()

@@ -92,14 +92,14 @@ class VllmEngineServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def HealthCheck(self, request, context):
-        """Tells whether requests can be answered.
+        """Tells that requests can be answered; UNAVAILABLE with the cause while they cannot.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """Tells what the model can take.
+        """Tells what the model can take; UNAVAILABLE until the group has said its limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,12 +47,17 @@ def value_of(command: list[str], flag: str) -> str:
         ("off", None),
         ("on", HttpAddress("127.0.0.1", 30000)),
         ("127.0.0.1:8000", HttpAddress("127.0.0.1", 8000)),
-        ("localhost:8000", HttpAddress("localhost", 8000)),
+        ("localhost:8000", HttpAddress("127.0.0.1", 8000)),
         ("[::1]:8000", HttpAddress("::1", 8000)),
     ],
 )
 def test_where_it_serves(text: str, address: HttpAddress | None) -> None:
     assert http_address(text) == address
+
+
+def test_an_address_is_told_as_it_is_typed() -> None:
+    for text in ("127.0.0.1:8000", "[::1]:8000"):
+        assert str(http_address(text)) == text
 
 
 def test_port_0_is_any_free_one() -> None:
