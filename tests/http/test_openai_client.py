@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 
 from lockstep.client import Client, chat_request, ids_request
 from protos.lockstep.v1 import generate_pb2
+from protos.vllm_engine import vllm_engine_pb2
+from protos.vllm_engine.vllm_engine_pb2_grpc import VllmEngineStub
 from tests.helpers.served_group import ServedGroup, scrape
 
 pytestmark = [pytest.mark.http, pytest.mark.timeout(240)]  # with the start of the group
@@ -234,6 +236,28 @@ def wait_idle(group: ServedGroup) -> None:
 
 def num_generated(group: ServedGroup) -> float:
     return scrape(group.metrics)["lockstep_generation_tokens_total", ()]
+
+
+def test_the_load_is_told_while_a_request_runs(group: ServedGroup, client: openai.OpenAI) -> None:
+    chunks = chat(client, stream=True, max_tokens=900, extra_body={"ignore_eos": True})
+    next(chunks)
+    with group.channel() as channel:
+        stub = VllmEngineStub(channel)
+
+        def wait_for(num_running: int) -> vllm_engine_pb2.SchedulerLoad:
+            deadline = time.monotonic() + _LIMIT_S
+            while True:
+                answer = stub.GetLoads(vllm_engine_pb2.GetLoadsRequest(), timeout=_LIMIT_S)
+                if answer.loads[0].num_running_reqs == num_running:
+                    return answer.loads[0]
+                assert time.monotonic() < deadline
+                time.sleep(_POLL_S)
+
+        busy = wait_for(1)
+        assert 0 < busy.token_usage <= 1
+        assert 0 < busy.num_used_tokens <= busy.max_total_num_tokens
+        chunks.close()
+        assert wait_for(0).num_used_tokens == 0
 
 
 @pytest.mark.parametrize("stream", [True, False])
