@@ -52,7 +52,7 @@ class GatewaySpec:
     command: Callable[[str], Sequence[str]]
     is_ready: Callable[[], bool]
     environ: Mapping[str, str]
-    start_timeout_s: float = 60.0
+    start_timeout_s: float = 30.0
     stop_timeout_s: float = 45.0
 
 

@@ -5,8 +5,8 @@ signal, or crashes after it has served, takes the whole group down with it, and 
 coordinator that exits with one of our exit codes has its reasons: everything stops and its exit
 code is ours. A worker that refuses to start (exit codes 2 to
 5) would refuse again: everything stops with its code. A gateway starts once the coordinator can
-answer, outlives restarts of the group, and is started again when it ends; one that never got ready
-stops everything. Too many losses end with exit code 6.
+answer, outlives restarts of the group, and is started again when it ends or does not get ready; one
+that ends before it ever was ready stops everything. Too many losses end with exit code 6.
 """
 
 import signal
@@ -228,18 +228,19 @@ class Supervisor:
             self._gateway_was_ready = True
             self._on_ready(self._records[COORDINATOR])
         elif time.monotonic() > deadline:
-            raise _GroupEnded(
-                ExitCode.GROUP_LOST,
-                f"the gateway was not ready within {gateway.start_timeout_s:g} s",
-            )
+            self._processes.stop_all([GATEWAY], grace_s=0.0)
+            self._start_gateway_again(f"gateway not ready within {gateway.start_timeout_s:g} s")
 
     def _restart_gateway(self, exited: ChildExited) -> None:
-        gateway = self._group.gateway
-        assert gateway is not None
         if not self._gateway_was_ready:
             raise _GroupEnded(ExitCode.CONFIG, f"{exited}: its own lines above say why")
-        self._report(f"{exited}; starting it again")
-        self._count_loss(str(exited))
+        self._start_gateway_again(str(exited))
+
+    def _start_gateway_again(self, why: str) -> None:
+        gateway = self._group.gateway
+        assert gateway is not None
+        self._report(f"{why}; starting it again")
+        self._count_loss(why)
         self._start_gateway(gateway)
         self._gateway_deadline = time.monotonic() + gateway.start_timeout_s
 

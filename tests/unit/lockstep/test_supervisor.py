@@ -220,12 +220,15 @@ def test_gateway_that_ends_before_it_was_ready_ends_everything(tmp_path: Path) -
         group.assert_nothing_left()
 
 
-def test_gateway_that_is_not_ready_in_time_ends_everything(tmp_path: Path) -> None:
+def test_gateway_that_is_not_ready_in_time_is_started_again_and_at_last_ends_everything(
+    tmp_path: Path,
+) -> None:
     never = "note(event='start'); time.sleep(600)"
     with supervised(tmp_path, gateway=never, gateway_timeout_s=0.5) as group:
         code, errors = group.wait_exit()
         assert code == ExitCode.GROUP_LOST
-        assert "the gateway was not ready within 0.5 s" in errors
+        assert "gateway not ready within 0.5 s; 3 such losses in 10 minutes" in errors
+        assert len([note for note in group.notes() if note["name"].startswith("gateway")]) == 3
         group.assert_nothing_left()
 
 
