@@ -18,6 +18,7 @@ from coordinator.frontend.availability import Availability
 from coordinator.frontend.checkpoint_text import CheckpointText
 from coordinator.frontend.generate_service import GenerateService
 from coordinator.frontend.rejections import answered
+from coordinator.frontend.request_preparer import check_request_id
 from coordinator.frontend.slow_clients import SlowClientWatch
 from coordinator.frontend.tokenizer_archive import tokenizer_archive, tokenizer_chunks
 from coordinator.frontend.vllm_answer import VllmAnswer
@@ -28,6 +29,7 @@ from protos.lockstep.v1 import generate_pb2
 from protos.vllm_engine import vllm_engine_pb2
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
+_MAX_ABORTS = 1024
 
 
 class VllmService:
@@ -96,7 +98,12 @@ class VllmService:
         self, request: vllm_engine_pb2.AbortRequest, context: Any
     ) -> vllm_engine_pb2.AbortResponse:
         """Ends each by its name; ids that are not in flight are nothing unusual."""
-        asked = (generate_pb2.AbortRequest(request_id=name) for name in request.request_ids)
+        names = request.request_ids
+        if len(names) > _MAX_ABORTS:
+            raise BadRequest("number of request_ids", len(names), f"at most {_MAX_ABORTS}")
+        for name in names:
+            check_request_id(name)  # all or none
+        asked = (generate_pb2.AbortRequest(request_id=name) for name in names)
         await asyncio.gather(*(self._calls.abort(one, context) for one in asked))
         return vllm_engine_pb2.AbortResponse()
 

@@ -231,6 +231,21 @@ def test_abort_ends_the_stream_and_is_idempotent(model: Path) -> None:
     run(model, script)
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [(["r", "x" * 257], "request_id"), (["r"] * 1025, "number of request_ids is 1025")],
+    ids=["long", "many"],
+)
+def test_a_bad_abort_ends_nothing(model: Path, names: list[str], words: str) -> None:
+    async def script(served: Served, stub: VllmEngineStub) -> None:
+        error = await failure(stub.Abort(vllm.AbortRequest(request_ids=names)))
+        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert words in str(error.details())
+        assert served.engine.aborts.empty()
+
+    run(model, script)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_dropped_call_releases_the_request_also_after_abort(model: Path, stream: bool) -> None:
     async def script(served: Served, stub: VllmEngineStub) -> None:
