@@ -16,8 +16,9 @@ collect_ignore_glob = [] if importlib.util.find_spec("openai") else ["test_*.py"
 
 MODEL = "smol"
 _FLAGS = (
-    *("--served-model-name", MODEL, "--dtype", "float32", "--drain-seconds", "5"),
-    *("--max-model-len", "1024", "--kv-cache-bytes", "256M", "--http", "127.0.0.1:0"),
+    *("--served-model-name", MODEL, "--dtype", "float32", "--num-threads", "1"),
+    *("--max-model-len", "1024", "--kv-cache-bytes", "256M", "--drain-seconds", "5"),
+    *("--http", "127.0.0.1:0"),
 )
 
 
