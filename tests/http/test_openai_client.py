@@ -248,8 +248,9 @@ def test_the_load_is_told_while_a_request_runs(group: ServedGroup, client: opena
             deadline = time.monotonic() + _LIMIT_S
             while True:
                 answer = stub.GetLoads(vllm_engine_pb2.GetLoadsRequest(), timeout=_LIMIT_S)
-                if answer.loads[0].num_running_reqs == num_running:
-                    return answer.loads[0]
+                load: vllm_engine_pb2.SchedulerLoad = answer.loads[0]
+                if load.num_running_reqs == num_running:
+                    return load
                 assert time.monotonic() < deadline
                 time.sleep(_POLL_S)
 
