@@ -1,5 +1,6 @@
 """May a request enter the queue? Reads a Submit into a Request, or says why not."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -8,10 +9,14 @@ import numpy as np
 from coordinator.errors import CoordinatorError
 from coordinator.precedence import virtual_arrival
 from coordinator.request import Request, Sampling
-from protos.lockstep.v1 import engine_pb2
+from protos.lockstep.v1 import engine_pb2, generate_pb2
 
 _MAX_STOP_IDS = 16
 _MAX_LOGPROBS = 20
+_MAX_BIASED_IDS = 300
+_MAX_BIAS = 100.0
+_MAX_BAD_WORDS = 32  # two spellings of each of 16
+_MAX_BAD_WORD_IDS = 16
 _MAX_PRIORITY = 100  # either way; that it is bounded keeps everyone from starving
 # A parameter outside these is refused by the ranks, and a refused command costs the whole group.
 _RANGES = {
@@ -64,6 +69,11 @@ def read_submit(submit: engine_pb2.Submit, frontend: int, limits: ModelLimits) -
     )
     num_logprobs = params.logprobs if params.HasField("logprobs") else -1
     _require(num_logprobs <= _MAX_LOGPROBS, f"logprobs {num_logprobs} is above {_MAX_LOGPROBS}")
+    num_prompt_logprobs = params.prompt_logprobs if params.HasField("prompt_logprobs") else -1
+    _require(
+        num_prompt_logprobs <= _MAX_LOGPROBS,
+        f"prompt_logprobs {num_prompt_logprobs} is above {_MAX_LOGPROBS}",
+    )
     request = Request(
         order=virtual_arrival(submit.arrival_time, submit.priority),
         frontend=frontend,
@@ -83,6 +93,9 @@ def read_submit(submit: engine_pb2.Submit, frontend: int, limits: ModelLimits) -
             min_tokens=params.min_tokens,
             stop_ids=stop_ids,
             num_logprobs=num_logprobs,
+            logit_bias=_logit_bias(params.logit_bias, limits.vocab_size),
+            bad_words=_bad_words(submit.bad_words, limits.vocab_size),
+            num_prompt_logprobs=num_prompt_logprobs,
         ),
         arrival_time=submit.arrival_time,
         tenant=submit.tenant,
@@ -91,6 +104,7 @@ def read_submit(submit: engine_pb2.Submit, frontend: int, limits: ModelLimits) -
         deadline=submit.deadline,
         output_ids=resumed.tolist(),
         num_resumed=len(resumed),
+        constraint=_constraint(params, stop_ids),
     )
     _check_sampling(request.sampling)
     _check_lengths(request, limits)
@@ -103,6 +117,40 @@ def _token_ids(packed: bytes, field: str, vocab_size: int) -> np.ndarray:
     outside = token_ids[(token_ids < 0) | (token_ids >= vocab_size)].tolist()
     _require(not outside, f"{field} holds ids {outside[:1]}; ids are in [0, {vocab_size})")
     return token_ids
+
+
+def _constraint(
+    params: generate_pb2.SamplingParams, stop_ids: Sequence[int]
+) -> generate_pb2.SamplingParams | None:
+    """What a grammar process needs of the parameters; None without a constraint."""
+    kind = params.WhichOneof("constraint")
+    if kind is None:
+        return None
+    wanted = generate_pb2.SamplingParams(min_tokens=params.min_tokens, stop_token_ids=stop_ids)
+    if kind == "choice":
+        wanted.choice.CopyFrom(params.choice)
+    else:
+        setattr(wanted, kind, getattr(params, kind))
+    return wanted
+
+
+def _logit_bias(bias: Mapping[int, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    _require(len(bias) <= _MAX_BIASED_IDS, f"{len(bias)} biases; at most {_MAX_BIASED_IDS}")
+    for token_id, value in bias.items():
+        _require(0 <= token_id < vocab_size, f"bias of id {token_id}; ids are in [0, {vocab_size})")
+        _require(abs(value) <= _MAX_BIAS, f"logit_bias {value:g}; at most {_MAX_BIAS:g} either way")
+    return tuple(sorted(bias.items()))
+
+
+def _bad_words(words: Sequence[bytes], vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    _require(len(words) <= _MAX_BAD_WORDS, f"{len(words)} bad words; at most {_MAX_BAD_WORDS}")
+    sequences = [_token_ids(word, "bad_words", vocab_size).tolist() for word in words]
+    for ids in sequences:
+        _require(
+            1 <= len(ids) <= _MAX_BAD_WORD_IDS,
+            f"a bad word has {len(ids)} ids; it must have 1 to {_MAX_BAD_WORD_IDS}",
+        )
+    return tuple(map(tuple, sequences))
 
 
 def _check_sampling(sampling: Sampling) -> None:

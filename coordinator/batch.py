@@ -48,6 +48,8 @@ class Batch:
         self._num_preemptions = 0
         self._active: dict[int, Request] = {}  # by order: those that hold a slot
         self._prefilling: list[Request] = []
+        self._maskless: set[Request] = set()  # new, until their first mask has come
+        self._masked: list[Request] = []  # whose mask has come since the last command
         self.outstanding = Outstanding()
         self._prompt_tokens = Counter[int]()  # in chunks, by step
         self._encoder = CommandEncoder(epoch)
@@ -61,7 +63,7 @@ class Batch:
     @property
     def num_waiting(self) -> int:
         """Requests without a slot."""
-        return len(self.queue) + len(self._groups)
+        return len(self.queue) + len(self._groups) + len(self._maskless)
 
     @property
     def num_unreported(self) -> int:
@@ -93,6 +95,24 @@ class Batch:
         """Of requests that hold a slot: tokens whose chunks are not sent yet."""
         return sum(request.prefill_len - request.num_prefilled for request in self._prefilling)
 
+    def await_mask(self, request: Request) -> None:
+        """Keeps a new constrained request out of the queue until `mask_came`."""
+        self._maskless.add(request)
+
+    def mask_came(self, request: Request) -> bool:
+        """A request has got its next mask; True if it was the first, and the request is queued."""
+        is_first = request in self._maskless
+        if is_first:
+            self._maskless.remove(request)
+            self.enqueue(request)
+        elif request.slot and request.num_prefilled == request.prefill_len:
+            self._masked.append(request)  # a row, or about to be one
+        return is_first
+
+    def is_awaiting_first_mask(self, request: Request) -> bool:
+        """Not in the queue yet."""
+        return request in self._maskless
+
     def enqueue(self, request: Request) -> None:
         """Puts a new request into the queue; a sample once it can share its leader's blocks."""
         self.prefix_cache.enrol(request)
@@ -102,7 +122,9 @@ class Batch:
     def finish(self, request: Request) -> None:
         """Ends a request wherever it is. Its slot closes and its blocks are free with the next
         command; results that still come for it are to be dropped."""
-        if request.state in (RequestState.WAITING, RequestState.PREEMPTED):
+        if request in self._maskless:
+            self._maskless.remove(request)
+        elif request.state in (RequestState.WAITING, RequestState.PREEMPTED):
             if not self._groups.remove(request):
                 self.queue.remove(request)
         elif request.slot:
@@ -117,6 +139,7 @@ class Batch:
         """
         self._promote()
         self._complete_rows()
+        masked = self._take_masked()
         may_begin = len(self.queue) and self.slots.num_free_slots
         num_steps = 1 if may_begin or self._prefilling else max_steps
         plan = plan_step(
@@ -133,6 +156,9 @@ class Batch:
             if chunk.is_admission:
                 self._open_slot(chunk)
         self._give_row_blocks(plan.row_blocks, delta)
+        for request in masked:
+            if request.row >= 0:
+                delta.grant_masked(request, self.limits.block_size)
         added = [self._add_chunk(chunk, delta) for chunk in plan.chunks]
         if plan.is_empty:
             return None
@@ -148,6 +174,7 @@ class Batch:
                 rows,
                 [request for request in added if request.num_prefilled == request.prefill_len],
                 bool(added),
+                delta.scored,
             )
         )
         self._queue_samples(added)
@@ -195,9 +222,17 @@ class Batch:
             self._leave_slot(request)
             request.complete()
 
+    def _take_masked(self) -> list[Request]:
+        """Rows that have got a mask since the last command; they may take one position more."""
+        masked = [request for request in self._masked if request.row >= 0]
+        self._masked = []
+        for request in masked:
+            self.rows.raise_limit(request)
+        return masked
+
     def _rows_view(self) -> Rows:
         rows = self.rows
-        return Rows(rows.orders, rows.next_positions, rows.final_limits, rows.num_blocks)
+        return Rows(rows.orders, rows.next_positions, rows.limits, rows.num_blocks)
 
     def _prefill_views(self) -> list[Prefill]:
         return [
@@ -216,7 +251,8 @@ class Batch:
 
     def _waiting_views(self) -> Iterator[Waiting]:
         for request in self.queue:
-            if request.ready_after_step > self.last_reported_step:
+            is_maskless = request.constraint is not None and request.next_mask is None
+            if is_maskless or request.ready_after_step > self.last_reported_step:
                 yield Waiting(request.order, request.num_to_prefill, is_ready=False)
                 continue
             cached = self.prefix_cache.find(request)

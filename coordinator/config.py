@@ -75,6 +75,7 @@ FLAGS = (
     Flag("step-log", str, "", "file to log step commands and results to, for lockstep replay"),
     Flag("step-log-bytes", _log_size, 256 << 20, "most bytes of the step log's files together"),
     Flag("num-frontends", positive_int, 1, "processes that serve the public API"),
+    Flag("grammar-processes", positive_int, 1, "processes that enforce constraints on outputs"),
     Flag("slow-client-seconds", _TIMEOUT, 30.0, "seconds that unread output is kept"),
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
     Flag("ready-file", str, "", "file to write once requests can be answered"),
@@ -111,6 +112,7 @@ class CoordinatorConfig:
     step_log: str = ""
     step_log_bytes: int = 256 << 20
     num_frontends: int = 1
+    grammar_processes: int = 1
     slow_client_seconds: float = 30.0
     log_format: str = "text"
     ready_file: str = ""

@@ -7,8 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from coordinator.config import CoordinatorConfig
+from coordinator.constraints import Constraints
 from coordinator.errors import CoordinatorError, FrontendLost, StartRefused
 from coordinator.frontend_link import FrontendProcess, StartFrontend, start_frontend
+from coordinator.grammar.pool import GrammarPool
 from coordinator.group_leader import GroupLeader
 from coordinator.group_status import GroupStatus
 from coordinator.metrics import EngineMetrics
@@ -20,7 +22,7 @@ from coordinator.tasks import run_until_first_ends
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.notify import Notifier
 from lockstep.daemon.ready_file import write_ready_file
-from protos.lockstep.v1 import engine_pb2
+from protos.lockstep.v1 import engine_pb2, grammar_pb2
 
 _LOG = logging.getLogger(__name__)
 _STATE_PERIOD_S = 0.5
@@ -52,8 +54,13 @@ class Engine:
         self._metrics_port = metrics_port
         self._notifier = notifier or Notifier({})
         self._outbox = Outbox()
+        self._grammars = GrammarPool(config.model, config.grammar_processes, self._take_mask)
         self._book = RequestBook(
-            self._outbox, metrics, config.max_queue_requests, config.max_queue_prompt_tokens
+            self._outbox,
+            metrics,
+            config.max_queue_requests,
+            config.max_queue_prompt_tokens,
+            constraints=Constraints(self._grammars),
         )
         self._frontends: list[FrontendProcess] = []
         self._ports: dict[int, int] = {}
@@ -190,6 +197,10 @@ class Engine:
             return
         self._leader.wake()
 
+    def _take_mask(self, reply: grammar_pb2.GrammarReply) -> None:
+        self._book.take_mask(reply)
+        self._leader.wake()
+
     def _flush(self) -> None:
         for index, messages in self._outbox.take().items():
             for message in messages:
@@ -204,5 +215,6 @@ class Engine:
         if self._config.ready_file:
             Path(self._config.ready_file).unlink(missing_ok=True)
         await self._leader.close(tell_workers=self._is_draining)
+        await self._grammars.stop()
         for frontend in self._frontends:
             await frontend.kill()

@@ -16,18 +16,20 @@ class _FrontendOutputs:
     token_counts: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[generate_pb2.TokenLogprobs] = field(default_factory=list)
+    prompt_pieces: list[engine_pb2.PromptPiece] = field(default_factory=list)
     ended: list[engine_pb2.Ended] = field(default_factory=list)
     answers: list[engine_pb2.EngineMessage] = field(default_factory=list)
 
     def messages(self) -> list[engine_pb2.EngineMessage]:
         """Tokens before endings, so that a request's last tokens come before its end."""
         messages = []
-        if self.handles:
+        if self.handles or self.prompt_pieces:
             outputs = engine_pb2.Outputs(
                 handles=np.array(self.handles, dtype="<i8").tobytes(),
                 token_counts=np.array(self.token_counts, dtype="<i4").tobytes(),
                 token_ids=np.array(self.token_ids, dtype="<i4").tobytes(),
                 logprobs=self.logprobs,
+                prompt_pieces=self.prompt_pieces,
             )
             messages.append(engine_pb2.EngineMessage(outputs=outputs))
         messages += [engine_pb2.EngineMessage(ended=ended) for ended in self.ended]
@@ -56,6 +58,11 @@ class Outbox:
         outputs.token_ids.append(token_id)
         if logprobs is not None:
             outputs.logprobs.append(logprobs)
+
+    def add_prompt_piece(self, request: Request, piece: engine_pb2.PromptPiece) -> None:
+        """Log-probabilities of a piece of a request's prompt; its handle is set here."""
+        piece.handle = request.handle
+        self._of(request.frontend).prompt_pieces.append(piece)
 
     def add_end(self, frontend: int, ended: engine_pb2.Ended) -> None:
         """The last word about a request."""

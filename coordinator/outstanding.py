@@ -13,7 +13,8 @@ class SentCommand:
     """What a command granted, kept until its results have come.
 
     `entries` are the requests of the first step's results in their order: rows, then final chunks;
-    further steps have the rows alone.
+    further steps have the rows alone. `scored` are (request, first position, number) of the prompt
+    positions behind which the first step gives log-probabilities.
     """
 
     command_id: int
@@ -22,6 +23,7 @@ class SentCommand:
     rows: Sequence[Request]
     final_chunks: Sequence[Request]
     has_chunks: bool = False
+    scored: Sequence[tuple[Request, int, int]] = ()
 
     @property
     def last_step(self) -> int:
@@ -64,6 +66,12 @@ class Outstanding:
     def is_mixed_step_next(self) -> bool:
         """The next result to come is of a step with prompt chunks."""
         return bool(self._sent) and self._sent[0].is_mixed(self.last_reported_step + 1)
+
+    @property
+    def next_scored(self) -> Sequence[tuple[Request, int, int]]:
+        """`SentCommand.scored` of the next step to be reported."""
+        is_first = bool(self._sent) and self._sent[0].first_step == self.last_reported_step + 1
+        return self._sent[0].scored if is_first else ()
 
     def add(self, sent: SentCommand) -> None:
         """A command with steps goes out."""

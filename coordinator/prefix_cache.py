@@ -42,10 +42,11 @@ class PrefixCache:
     def find(self, request: Request) -> Sequence[int]:
         """The blocks that a request without a slot could start with.
 
-        At least one token is left to compute: without, there would be no logits to choose from.
+        At least one token is left to compute: without, there would be no logits to choose from. A
+        request that wants log-probabilities of its prompt has all of it left to compute.
         """
         prefix_keys = request.prefix_keys
-        if prefix_keys is None:
+        if prefix_keys is None or request.awaits_prompt_scores:
             return ()
         num_blocks = (request.num_to_prefill - 1) // self._block_size
         prefix_keys.extend(request.tokens_from, num_blocks, self._block_size)

@@ -81,7 +81,10 @@ def restore_commands(
     """
     if not snapshot.slots:
         return
-    delta = worker_pb2.TableDelta(opened_slots=[_reopened(slot) for slot in snapshot.slots])
+    delta = worker_pb2.TableDelta(
+        opened_slots=[_reopened(slot) for slot in snapshot.slots],
+        masks=[slot.mask for slot in snapshot.slots if slot.HasField("mask")],
+    )
     expected: list[tuple[int, int]] = []
     room = max_batch_tokens
     for slot in snapshot.slots:

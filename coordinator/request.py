@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.prefix_keys import PrefixKeys
+from protos.lockstep.v1 import generate_pb2, worker_pb2
 
 
 class RequestState(enum.Enum):
@@ -55,6 +56,9 @@ class Sampling:
     min_tokens: int
     stop_ids: tuple[int, ...]
     num_logprobs: int  # -1: none wanted
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    num_prompt_logprobs: int = -1  # -1: none wanted
 
     @property
     def counts_tokens(self) -> bool:
@@ -104,6 +108,12 @@ class Request:
     sums_at_first_chunk: tuple[int, int] = (0, 0)  # see TimeKeeper
     first_token_time: float = 0.0  # 0: no token yet
     last_token_time: float = 0.0
+    constraint: generate_pb2.SamplingParams | None = None  # what its grammar process is told
+    constraint_key: int = 0
+    next_mask: worker_pb2.SlotMask | None = None  # of its next token; None until it is made
+    sent_mask: worker_pb2.SlotMask | None = None  # of the last token that was granted
+    num_scored: int = 1  # prompt tokens of which no log-probability is to come any more
+    num_masked: int = 0  # tokens that may be computed: those to prefill and one a mask since
 
     @property
     def prompt_len(self) -> int:
@@ -120,6 +130,18 @@ class Request:
         return self.prompt_len + self.max_tokens - 1
 
     @property
+    def awaits_prompt_scores(self) -> bool:
+        """Log-probabilities of its prompt are wanted and have not all come."""
+        return self.sampling.num_prompt_logprobs >= 0 and self.num_scored < self.prompt_len
+
+    @property
+    def top_limit(self) -> int:
+        """What its limit may rise to now, given the blocks."""
+        if self.constraint is None:
+            return self.final_limit
+        return min(self.final_limit, self.num_masked)
+
+    @property
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
 
@@ -134,6 +156,8 @@ class Request:
         self.slot = slot
         self.prefill_len = self.num_to_prefill
         self.cached_len = self.num_prefilled = cached_len
+        self.num_masked = self.prefill_len  # whose last chunk brings the mask of the next token
+        self.sent_mask = None
         self.limit = 0
 
     def start_decoding(self, row: int) -> None:
@@ -158,6 +182,14 @@ class Request:
         """Any state but finished -> finished."""
         self._enter(RequestState.FINISHED)
         self._forget_place()
+
+    def take_mask(self) -> worker_pb2.SlotMask:
+        """Its next mask, which is sent now, for its slot."""
+        assert self.next_mask is not None
+        mask, self.next_mask = self.next_mask, None
+        mask.slot = self.slot
+        self.sent_mask = mask
+        return mask
 
     def tokens_from(self, start: int, length: int) -> npt.NDArray[np.int32]:
         """Token ids of positions start..start+length-1, int32."""

@@ -10,15 +10,17 @@ from coordinator.admission import ModelLimits, Refused, read_submit
 from coordinator.admission_control import AdmissionControl
 from coordinator.batch import Batch
 from coordinator.client_count import ClientCount
+from coordinator.constraints import Constraints
 from coordinator.deadlines import Deadlines
 from coordinator.metrics import EngineMetrics
 from coordinator.outbox import Outbox
 from coordinator.precedence import Precedence
 from coordinator.request import Request
 from coordinator.time_keeper import TimeKeeper
-from protos.lockstep.v1 import engine_pb2, generate_pb2, worker_pb2
+from protos.lockstep.v1 import engine_pb2, generate_pb2, grammar_pb2, worker_pb2
 
 _RETRY_AFTER_S = 1.0
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
 _FINISHED_REASONS = {
     generate_pb2.FINISH_REASON_STOP: "stop",
     generate_pb2.FINISH_REASON_LENGTH: "length",
@@ -51,6 +53,7 @@ class RequestBook:
         max_queue_requests: int,
         max_queue_prompt_tokens: int = 1 << 20,
         clock: Callable[[], float] = time.monotonic,
+        constraints: Constraints | None = None,
     ) -> None:
         self.outbox = outbox
         self.metrics = metrics
@@ -58,6 +61,7 @@ class RequestBook:
         self._max_queue_requests = max_queue_requests
         self._max_queue_prompt_tokens = max_queue_prompt_tokens
         self._clock = clock
+        self._constraints = constraints
         self._epoch: _Epoch | None = None
         self._by_handle: dict[tuple[int, int], Request] = {}
         self._by_name: dict[str, list[Request]] = {}
@@ -104,8 +108,32 @@ class RequestBook:
         self._deadlines.add(request)
         self._clients.began(frontend)
         self.metrics.prompt_tokens += request.prompt_len
+        if request.constraint is not None and not _ends_resumed(request):
+            assert self._constraints is not None and self._epoch is not None
+            self._constraints.began(request, self._epoch.limits.vocab_size)
+            return
         self.outbox.accept(request)
         self._end_if_resumed_at_end(request)
+
+    def take_mask(self, reply: grammar_pb2.GrammarReply) -> None:
+        """A constrained request's next mask, with the first of which it is accepted, or its end."""
+        request = self._constraints.take(reply) if self._constraints else None
+        if request is None:
+            return
+        assert self._epoch is not None
+        batch = self._epoch.batch
+        if not reply.status_code:
+            if batch.mask_came(request):
+                self.outbox.accept(request)
+            return
+        retry_after_s = _RETRY_AFTER_S if reply.status_code == _UNAVAILABLE else 0.0
+        status = next(code for code in grpc.StatusCode if code.value[0] == reply.status_code)
+        if not batch.is_awaiting_first_mask(request):
+            self.fail(request, status, reply.status_message, retry_after_s)
+            return
+        self.metrics.requests_rejected[status.name.lower()] += 1
+        ended = _error(request.handle, status, reply.status_message, retry_after_s)
+        self._end(request, ended, self._clock())
 
     def release(self, frontend: int, release: engine_pb2.Release) -> None:
         """The frontend has what it wants; it hears the request's times.
@@ -170,6 +198,9 @@ class RequestBook:
             self.finish(request, generate_pb2.FINISH_REASON_STOP, token_id)
         elif len(request.output_ids) >= request.max_tokens:
             self.finish(request, generate_pb2.FINISH_REASON_LENGTH)
+        elif request.constraint is not None:
+            assert self._constraints is not None
+            self._constraints.got_token(request, token_id)
 
     def finish(
         self, request: Request, reason: generate_pb2.FinishReason, stop_token_id: int = 0
@@ -206,7 +237,12 @@ class RequestBook:
         request.order = self._precedence.take(request.order)
         if submit.group not in (0, submit.handle):
             request.leader = self._by_handle.get((frontend, submit.group))
-        epoch.batch.enqueue(request)
+        if request.constraint is None:
+            epoch.batch.enqueue(request)
+        elif self._constraints is None:
+            raise Refused(grpc.StatusCode.UNIMPLEMENTED, "unimplemented", "no constraints here")
+        else:
+            epoch.batch.await_mask(request)
         return request
 
     def _check_name(self, frontend: int, submit: engine_pb2.Submit) -> None:
@@ -222,13 +258,10 @@ class RequestBook:
 
     def _end_if_resumed_at_end(self, request: Request) -> None:
         """A call that broke between its last token and its last message has nothing left to do."""
-        resumed = request.output_ids
-        sampling = request.sampling
-        if not resumed:
-            return
-        if resumed[-1] in sampling.stop_ids and len(resumed) > sampling.min_tokens:
-            self.finish(request, generate_pb2.FINISH_REASON_STOP, resumed[-1])
-        elif len(resumed) >= request.max_tokens:
+        if _ends_at_stop_id(request):
+            stop_id = request.output_ids[-1]
+            self.finish(request, generate_pb2.FINISH_REASON_STOP, stop_id)
+        elif _ends_resumed(request):
             self.finish(request, generate_pb2.FINISH_REASON_LENGTH)
 
     def _end_late(self, request: Request) -> None:
@@ -254,6 +287,8 @@ class RequestBook:
             self._epoch.control.predictor.observe_stay(now - request.first_chunk_time)
         batch.queue.charge_output(request)
         batch.finish(request)
+        if request.constraint_key and self._constraints is not None:
+            self._constraints.ended(request)
         self._clients.ended(request.frontend)
         self._precedence.give_back(request.order)
         del self._by_handle[request.frontend, request.handle]
@@ -269,6 +304,17 @@ class RequestBook:
         self.metrics.queue_prompt_tokens = queue.num_prompt_tokens
         self.metrics.num_tenants_waiting = queue.num_tenants
         self.metrics.predicted_ttft = self._epoch.control.time_to_first_token()
+
+
+def _ends_at_stop_id(request: Request) -> bool:
+    resumed, sampling = request.output_ids, request.sampling
+    is_stop = bool(resumed) and resumed[-1] in sampling.stop_ids
+    return is_stop and len(resumed) > sampling.min_tokens
+
+
+def _ends_resumed(request: Request) -> bool:
+    """What a broken call delivered is the whole output."""
+    return _ends_at_stop_id(request) or len(request.output_ids) >= request.max_tokens
 
 
 def _error(

@@ -11,7 +11,7 @@ from coordinator.metrics import EngineMetrics
 from coordinator.request import Request, RequestState
 from coordinator.request_book import RequestBook
 from coordinator.step_command import unpack_int32
-from protos.lockstep.v1 import generate_pb2, worker_pb2
+from protos.lockstep.v1 import engine_pb2, generate_pb2, worker_pb2
 
 _FLAG_STOP = 1
 _FLAG_NOT_FINITE = 2
@@ -30,6 +30,7 @@ def apply_result(
     Tokens of requests that have ended meanwhile are dropped; `now` is CLOCK_MONOTONIC in seconds.
     Raises ProtocolBroken if the result does not fit what was sent.
     """
+    scored = batch.outstanding.next_scored
     entries = batch.resolve(result.command_id, result.step)
     book.step_reported(result)
     token_ids = unpack_int32(result.token_ids)
@@ -39,13 +40,20 @@ def apply_result(
             f"step {result.step} has {len(token_ids)} tokens and {len(all_flags)} flags for "
             f"{len(entries)} entries"
         )
-    alternatives = _Alternatives(result, len(entries)) if result.logprobs else None
+    if scored:
+        _take_prompt_scores(result, scored, book)
+    alternatives = None
+    if result.logprobs:
+        packed = (result.logprobs, result.top_token_ids, result.top_logprobs)
+        alternatives = _Alternatives(*packed, len(entries), result.step)
     first_delays, gaps = list[float](), list[float]()
     for index, (request, token_id, flags) in enumerate(
         zip(entries, token_ids, all_flags, strict=True)
     ):
         if request.state is RequestState.FINISHED:
             continue
+        if token_id < 0 and not flags and request.constraint is not None:
+            continue  # it waits for its next mask
         if token_id < 0 or flags & _FLAG_NOT_FINITE:
             batch.distrust(request)
             _end_without_token(request, flags, result.step, book)
@@ -71,29 +79,58 @@ def _end_without_token(request: Request, flags: int, step: int, book: RequestBoo
         )
     number = len(request.output_ids) + 1
     message = f"the logits of output token {number} were not finite"
+    sampling = request.sampling
+    if request.constraint is not None or sampling.bad_words or sampling.logit_bias:
+        message += ", or biases, bad words and constraint together allow no token"
     book.fail(request, grpc.StatusCode.INTERNAL, message)
+
+
+def _take_prompt_scores(
+    result: worker_pb2.StepResult, scored: Sequence[tuple[Request, int, int]], book: RequestBook
+) -> None:
+    """Sends on the log-probabilities of prompts, of each token once."""
+    packed = (result.prompt_logprobs, result.prompt_top_token_ids, result.prompt_top_logprobs)
+    num_entries = sum(count for _, _, count in scored)
+    alternatives = _Alternatives(*packed, num_entries, result.step)
+    index = 0
+    for request, start, count in scored:
+        first, end = start + 1, start + 1 + count
+        # After a preemption a prompt is computed again, whose beginning may have been told.
+        if request.state is not RequestState.FINISHED and end > request.num_scored:
+            known = request.num_scored
+            told = range(index + known - first, index + count)
+            piece = alternatives.piece(told, request.sampling.num_prompt_logprobs)
+            piece.first_position = known
+            piece.token_ids = request.prompt_ids[known:end].astype("<i4", copy=False).tobytes()
+            book.outbox.add_prompt_piece(request, piece)
+            request.num_scored = end
+        index += count
 
 
 class _Alternatives:
     """Log-probabilities of a result: [num_entries] and twice [num_entries, 20]."""
 
-    def __init__(self, result: worker_pb2.StepResult, num_entries: int) -> None:
-        self._logprobs = np.frombuffer(result.logprobs, dtype="<f4")
-        top_ids = np.frombuffer(result.top_token_ids, dtype="<i4")
-        top_logprobs = np.frombuffer(result.top_logprobs, dtype="<f4")
-        if len(self._logprobs) != num_entries or len(top_ids) != len(top_logprobs):
-            raise ProtocolBroken(f"step {result.step}: log-probabilities do not fit its entries")
+    def __init__(
+        self, logprobs: bytes, top_ids: bytes, top_logprobs: bytes, num_entries: int, step: int
+    ) -> None:
+        self._logprobs = np.frombuffer(logprobs, dtype="<f4")
+        ids = np.frombuffer(top_ids, dtype="<i4")
+        values = np.frombuffer(top_logprobs, dtype="<f4")
+        if len(self._logprobs) != num_entries or len(ids) != len(values):
+            raise ProtocolBroken(f"step {step}: log-probabilities do not fit its entries")
         shape = (num_entries, _NUM_ALTERNATIVES)
-        if len(top_ids) not in (0, num_entries * _NUM_ALTERNATIVES):
-            raise ProtocolBroken(f"step {result.step}: {len(top_ids)} alternatives, not {shape}")
-        self._top_ids = top_ids.reshape(shape) if len(top_ids) else None
-        self._top_logprobs = top_logprobs.reshape(shape) if len(top_ids) else None
+        if len(ids) not in (0, num_entries * _NUM_ALTERNATIVES):
+            raise ProtocolBroken(f"step {step}: {len(ids)} alternatives, not {shape}")
+        self._top_ids = ids.reshape(shape) if len(ids) else None
+        self._top_logprobs = values.reshape(shape) if len(ids) else None
 
     def of(self, index: int, request: Request) -> generate_pb2.TokenLogprobs | None:
         """What a request asked for; None if it asked for nothing."""
         count = request.sampling.num_logprobs
-        if count < 0:
-            return None
+        return None if count < 0 else self.entry(index, count)
+
+    def entry(self, index: int, count: int) -> generate_pb2.TokenLogprobs:
+        """One entry with its first `count` alternatives, as clients get it."""
         top_ids: Sequence[int] = []
         top_logprobs: Sequence[float] = []
         if count and self._top_ids is not None and self._top_logprobs is not None:
@@ -104,3 +141,12 @@ class _Alternatives:
             top_token_ids=top_ids,
             top_logprobs=top_logprobs,
         )
+
+    def piece(self, indices: range, count: int) -> engine_pb2.PromptPiece:
+        """Entries with their first `count` alternatives, packed: a frontend unpacks them."""
+        some = slice(indices.start, indices.stop)
+        piece = engine_pb2.PromptPiece(logprobs=self._logprobs[some].tobytes())
+        if count and self._top_ids is not None and self._top_logprobs is not None:
+            piece.top_token_ids = self._top_ids[some, :count].tobytes()
+            piece.top_logprobs = self._top_logprobs[some, :count].tobytes()
+        return piece

@@ -24,14 +24,14 @@ from coordinator.tables import IntArray
 class Rows:
     """The decode batch, one entry a row; int64 `[num_rows]` each, read only.
 
-    `next_positions` are upper bounds, below `final_limits`: rows whose every position is granted
-    have left. `orders` names the requests: smaller is older. Age is that of precedence.py
-    everywhere here, where urgency counts like an earlier arrival.
+    `next_positions` are upper bounds, at most `limits`: where they are equal the row waits for its
+    next mask and takes no part. `orders` names the requests: smaller is older. Age is that of
+    precedence.py everywhere here, where urgency counts like an earlier arrival.
     """
 
     orders: IntArray
     next_positions: IntArray
-    final_limits: IntArray
+    limits: IntArray
     num_blocks: IntArray
 
 
@@ -108,11 +108,12 @@ class StepPlan:
     chunks: list[Chunk] = field(default_factory=list)
     num_rows: int = 0
     num_steps: int = 1
+    num_active: int = 0  # rows that have a position to compute
 
     @property
     def is_empty(self) -> bool:
         """No token would be computed."""
-        return self.num_rows == 0 and not self.chunks
+        return self.num_active == 0 and not self.chunks
 
 
 def plan_step(
@@ -150,7 +151,9 @@ def plan_step(
     chunks, all_end = _continue_prefills(going_on, room, capacity.block_size)
     if all_end and not preempted:
         chunks += _admit(waiting, num_rows + len(going_on), room, capacity)
-    return StepPlan(preempted, needs, chunks, num_rows, num_steps)
+    active = rows.orders[rows.next_positions < rows.limits].tolist()
+    num_active = sum(order not in gone for order in active) if gone else len(active)
+    return StepPlan(preempted, needs, chunks, num_rows, num_steps, num_active)
 
 
 @dataclass
@@ -182,12 +185,12 @@ def _useful_steps(rows: Rows, most: int) -> int:
     """Steps that some row has a position for, at least 1."""
     if most == 1 or not len(rows.orders):
         return 1
-    return max(1, min(most, int((rows.final_limits - rows.next_positions).max())))
+    return max(1, min(most, int((rows.limits - rows.next_positions).max())))
 
 
 def _row_needs(rows: Rows, num_steps: int, block_size: int) -> list[tuple[int, int]]:
     """(order, blocks missing for the granted positions) of the rows that lack some, by age."""
-    ends = np.minimum(rows.next_positions + num_steps, rows.final_limits)
+    ends = np.minimum(rows.next_positions + num_steps, rows.limits)
     missing = -(-ends // block_size) - rows.num_blocks
     lacking = np.flatnonzero(missing > 0)
     by_age = lacking[np.argsort(rows.orders[lacking])]

@@ -11,6 +11,7 @@ from coordinator.request import Request
 from protos.lockstep.v1 import worker_pb2
 
 _DIGEST_LEN = 8
+_NUM_RECENT = 15  # one less than a bad word may have ids
 
 
 @dataclass
@@ -22,6 +23,9 @@ class DeltaBuilder:
     limits: list[tuple[int, int]] = field(default_factory=list)
     chunks: list[tuple[int, int, int]] = field(default_factory=list)
     chunk_token_ids: list[bytes] = field(default_factory=list)
+    masks: list[worker_pb2.SlotMask] = field(default_factory=list)
+    prompt_targets: list[tuple[int, int]] = field(default_factory=list)
+    scored: list[tuple[Request, int, int]] = field(default_factory=list)  # see SentCommand
 
     def append_blocks(self, request: Request, block_ids: Sequence[int], block_size: int) -> None:
         """Gives a sequence more blocks and raises its limit to what they cover."""
@@ -29,13 +33,13 @@ class DeltaBuilder:
         for block_id in block_ids:
             self.block_appends.append((slot, len(held), block_id))
             held.append(block_id)
-        request.limit = min(len(held) * block_size, request.final_limit)
+        request.limit = min(len(held) * block_size, request.top_limit)
         self.limits.append((slot, request.limit))
 
     def open(self, request: Request, block_ids: Sequence[int], block_size: int) -> None:
         """Describes a sequence that has just got its slot, and perhaps cached blocks."""
         request.block_ids += block_ids
-        request.limit = min(len(request.block_ids) * block_size, request.final_limit)
+        request.limit = min(len(request.block_ids) * block_size, request.top_limit)
         self.opened.append(request)
 
     def add_chunk(self, request: Request, start: int, length: int) -> None:
@@ -43,6 +47,25 @@ class DeltaBuilder:
         self.chunks.append((request.slot, start, length))
         tokens = request.tokens_from(start, length)
         self.chunk_token_ids.append(tokens.astype("<i4", copy=False).tobytes())
+        if request.constraint is not None and start + length == request.prefill_len:
+            self.masks.append(request.take_mask())
+        if request.awaits_prompt_scores:
+            self._add_targets(request, start, start + length)
+
+    def _add_targets(self, request: Request, start: int, end: int) -> None:
+        """Asks for the log-probabilities of what follows positions start..end-1 of a prompt."""
+        num_scored = min(end, request.prompt_len - 1) - start
+        if num_scored > 0:
+            behind = int(request.prompt_ids[end]) if end < request.prompt_len else -1
+            self.prompt_targets.append((request.slot, behind))
+            self.scored.append((request, start, num_scored))
+
+    def grant_masked(self, request: Request, block_size: int) -> None:
+        """Lets a decoding sequence compute one more position, under the mask it has got."""
+        request.num_masked += 1
+        request.limit = min(len(request.block_ids) * block_size, request.top_limit)
+        self.limits.append((request.slot, request.limit))
+        self.masks.append(request.take_mask())
 
     def build(
         self, closed_slots: Sequence[int], row_changes: Sequence[tuple[int, int]], num_rows: int
@@ -57,6 +80,8 @@ class DeltaBuilder:
             row_count=num_rows,
             chunks=pack_int32(self.chunks),
             chunk_token_ids=b"".join(self.chunk_token_ids),
+            masks=self.masks,
+            prompt_targets=pack_int32(self.prompt_targets),
         ).SerializeToString()
 
 
@@ -100,6 +125,14 @@ def unpack_int32(packed: bytes) -> list[int]:
     return unpacked
 
 
+def recent_outputs(request: Request, prefill_len: int) -> bytes:
+    """The last outputs below `prefill_len`, for sequences that must not end a bad word; packed."""
+    if not request.sampling.bad_words:
+        return b""
+    num_outputs = prefill_len - request.prompt_len
+    return pack_int32(request.output_ids[max(num_outputs - _NUM_RECENT, 0) : num_outputs])
+
+
 def slot_open(request: Request) -> worker_pb2.SlotOpen:
     """A sequence as workers need to know it, with the blocks and the limit that it has now."""
     sampling = request.sampling
@@ -118,9 +151,15 @@ def slot_open(request: Request) -> worker_pb2.SlotOpen:
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
-        min_tokens=sampling.min_tokens,
+        # Masks heed it, where they can; the ranks could leave nothing to choose.
+        min_tokens=sampling.min_tokens if request.constraint is None else 0,
         stop_ids=pack_int32(sampling.stop_ids),
         logprob_count=sampling.num_logprobs,
         cached_len=request.cached_len,
         cached_token_ids=pack_int32(cached),
+        bias_ids=pack_int32([token_id for token_id, _ in sampling.logit_bias]),
+        bias_values=np.array([value for _, value in sampling.logit_bias], "<f4").tobytes(),
+        bad_words=[pack_int32(word) for word in sampling.bad_words],
+        recent_output_ids=recent_outputs(request, request.prefill_len),
+        is_constrained=request.constraint is not None,
     )

@@ -2,7 +2,7 @@
 
 from coordinator.batch import Batch
 from coordinator.request import Request
-from coordinator.step_command import pack_int32, slot_open
+from coordinator.step_command import pack_int32, recent_outputs, slot_open
 from protos.lockstep.v1 import step_log_pb2
 
 
@@ -29,8 +29,11 @@ def _slot(request: Request) -> step_log_pb2.StepLogSlot:
     # A replay finds empty blocks: it prefills shared ones once more for each who shares them.
     opening.cached_len = 0
     opening.cached_token_ids = b""
+    if is_prefilled:  # and samples its last token again
+        opening.recent_output_ids = recent_outputs(request, num_known - 1)
     return step_log_pb2.StepLogSlot(
         open=opening,
         prefilled_count=request.num_prefilled,
         token_ids=tokens.astype("<i4", copy=False).tobytes(),
+        mask=request.sent_mask,
     )

@@ -21,7 +21,7 @@ class RowTable:
 
     def __init__(self, max_num_rows: int) -> None:
         self.requests: list[Request] = []
-        self._columns = np.zeros((4, max_num_rows), dtype=np.int64)
+        self._columns = np.zeros((5, max_num_rows), dtype=np.int64)
         self._touched: set[int] = set()
 
     @property
@@ -38,12 +38,17 @@ class RowTable:
         return self._columns[1, : self.num_rows]
 
     @property
-    def final_limits(self) -> IntArray:
+    def limits(self) -> IntArray:
+        """Positions that may be granted lie below: all that are needed, or that have a mask."""
         return self._columns[2, : self.num_rows]
 
     @property
     def num_blocks(self) -> IntArray:
         return self._columns[3, : self.num_rows]
+
+    @property
+    def final_limits(self) -> IntArray:
+        return self._columns[4, : self.num_rows]
 
     def append(self, request: Request) -> None:
         """Puts a request that has been prefilled into the batch, as the last row."""
@@ -52,8 +57,9 @@ class RowTable:
         self._columns[:, row] = (
             request.order,
             request.prefill_len,
-            request.final_limit,
+            request.top_limit,
             len(request.block_ids),
+            request.final_limit,
         )
         self._touched.add(row)
         request.start_decoding(row)
@@ -77,10 +83,14 @@ class RowTable:
         is_complete = self.next_positions >= self.final_limits
         return [self.requests[row] for row in np.flatnonzero(is_complete)]
 
+    def raise_limit(self, request: Request) -> None:
+        """A row has got a mask: one more position may be granted."""
+        self.limits[request.row] += 1
+
     def advance(self, num_steps: int) -> None:
         """Raises the upper bounds after that many steps have been granted."""
         advanced = self.next_positions + num_steps
-        np.minimum(advanced, self.final_limits, out=self.next_positions)
+        np.minimum(advanced, self.limits, out=self.next_positions)
 
     def take_changes(self) -> list[tuple[int, int]]:
         """Changed (row, slot) pairs since the last call; slot 0 for rows no longer in use."""

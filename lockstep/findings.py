@@ -23,6 +23,7 @@ PACKAGES = (
     "numpy",
     "tokenizers",
     "jinja2",
+    "llguidance",
     "prometheus-client",
     "uvloop",
     "tqdm",

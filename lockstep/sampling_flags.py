@@ -27,14 +27,43 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
+    group.add_argument("--include-stop", action="store_true", help="keep the stop text")
+    group.add_argument(
+        "--bad-word", action="append", metavar="TEXT", help="never say this; may be repeated"
+    )
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        metavar="ID=BIAS",
+        help="add to a token's logit; may be repeated",
+    )
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--json-schema", metavar="SCHEMA", help="JSON that this schema admits")
+    one.add_argument("--json-object", action="store_true", help="a JSON object")
+    one.add_argument("--regex", metavar="REGEX", help="a text that matches as a whole")
+    one.add_argument("--choice", action="append", metavar="TEXT", help="one of these; repeat it")
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end")
 
 
 def sampling_params(options: argparse.Namespace) -> dict[str, Any]:
     """Fields of SamplingParams that were given."""
-    names = [*(name.replace("-", "_") for name in _NUMBERS), "stop"]
+    names = [*(name.replace("-", "_") for name in _NUMBERS), "stop", "json_schema", "regex"]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return given | ({"ignore_eos": True} if options.ignore_eos else {})
+    switches = ("ignore_eos", "include_stop", "json_object")
+    given |= {name: True for name in switches if getattr(options, name)}
+    if options.choice:
+        given["choice"] = generate_pb2.ChoiceConstraint(choices=options.choice)
+    if options.bad_word:
+        given["bad_words"] = options.bad_word
+    if options.logit_bias:
+        given["logit_bias"] = dict(options.logit_bias)
+    return given
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, value = text.partition("=")
+    return int(token_id), float(value)
 
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:

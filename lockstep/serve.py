@@ -67,6 +67,7 @@ COORDINATOR_FLAGS = (
     Flag("step-log", str, None, "file to log step commands and results to, for lockstep replay"),
     Flag("step-log-bytes", str, None, "most bytes of the step log's files (default: 268435456)"),
     Flag("num-frontends", str, None, "processes that serve the public API (default: 1)"),
+    Flag("grammar-processes", str, None, "processes that enforce constraints (default: 1)"),
     Flag("slow-client-seconds", str, None, "seconds that unread output is kept (default: 30)"),
     Flag("host", str, None, "address to serve on (default: 127.0.0.1)"),
 )

@@ -84,6 +84,18 @@ def pack_chunks(
     return packed
 
 
+def scored_tokens(chunks: Sequence[Chunk]) -> tuple[Int64Array, Int64Array]:
+    """(index among the step's chunk tokens, target) of each position that has a target; int64."""
+    indices, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    row = 0
+    for chunk in chunks:
+        if chunk.targets is not None:
+            indices.append(np.arange(row, row + len(chunk.targets)))
+            targets.append(chunk.targets.astype(np.int64))
+        row += len(chunk.token_ids)
+    return np.concatenate(indices), np.concatenate(targets)
+
+
 def view_chunks(packed: Tensor, shape: ChunkShape, chunks: Sequence[Chunk]) -> ChunkTokens:
     """The parts of a packed array on the device; `chunks` give the CPU references their lengths."""
     slots, starts, cu_lens, final_slots, final_tokens, ids, positions, mapping = torch.split(

@@ -21,15 +21,19 @@ T = TypeVar("T")
 CAPTURED_PLANS = (
     SamplePlan(SampleVariant.LOCAL_BEST, all_greedy=True),
     SamplePlan(SampleVariant.LOCAL_BEST),
+    # One constrained row among many others: the others must not notice.
+    SamplePlan(SampleVariant.LOCAL_BEST, with_mask=True),
 )
 
 
 def captured_plan(plan: SamplePlan) -> SamplePlan:
     """The captured plan that does what `plan` asks, or `plan` itself."""
-    plain = not plan.with_penalties and not plan.with_logprobs
-    if plan.variant is SampleVariant.LOCAL_BEST and plain:
-        return CAPTURED_PLANS[0] if plan.all_greedy else CAPTURED_PLANS[1]
-    return plan
+    needs_more = plan.with_penalties or plan.with_logprobs or plan.with_bias or plan.with_bad_words
+    if plan.variant is not SampleVariant.LOCAL_BEST or needs_more:
+        return plan
+    if plan.with_mask:
+        return CAPTURED_PLANS[2]
+    return CAPTURED_PLANS[0] if plan.all_greedy else CAPTURED_PLANS[1]
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ class StepExecutor:
     def _set_sampling(self, applied: AppliedDelta) -> None:
         opened = applied.opened
         self._runner.sampling.set_rows([seq.slot for seq in opened], [seq.params for seq in opened])
+        self._runner.sampling.choices.set_masks(applied.masks)
         self._runner.mark_counts(applied.counted)
         if applied.rows:
             rows = self._tables.row_slots[: self._tables.num_rows].tolist()

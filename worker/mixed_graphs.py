@@ -64,6 +64,7 @@ class MixedGraphs:
             len(chunks) <= MAX_CHUNKS
             and num_tokens <= self.token_sizes[-1]
             and num_rows <= self.row_sizes[-1]
+            and all(chunk.targets is None for chunk in chunks)
         )
 
     def step(

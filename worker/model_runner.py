@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tpcomm import Communicator
-from worker.chunk_tokens import ChunkShape, ChunkTokens, pack_chunks, view_chunks
+from worker.chunk_tokens import (
+    ChunkShape,
+    ChunkTokens,
+    pack_chunks,
+    scored_tokens,
+    view_chunks,
+)
 from worker.device_tables import DeviceTables, upload
 from worker.forward_batch import ForwardBatch
 from worker.kv_cache import KvCache
@@ -20,7 +26,9 @@ from worker.sampling import (
     SlotSampling,
     is_stop,
     mark_chunk,
+    note_outputs,
     sample,
+    score_prompt,
     update_counts,
 )
 from worker.tables import DUMMY_SLOT, Chunk
@@ -34,7 +42,8 @@ class StepTensors:
     """What a step leaves on the device, one entry per decode row, then per final chunk.
 
     `token_ids` int32 [N], -1 for inert rows; `flags` uint8 [N], FLAG_* bits; the others as in
-    SampleOutput, None unless some row wants them. Padding rows follow the real ones.
+    SampleOutput, None unless some row wants them. Padding rows follow the real ones. The prompt's
+    tensors are those of PromptScores for the chunks with targets, None without any.
     """
 
     token_ids: Tensor
@@ -42,6 +51,9 @@ class StepTensors:
     logprobs: Tensor | None
     top_ids: Tensor | None
     top_logprobs: Tensor | None
+    prompt_logprobs: Tensor | None = None
+    prompt_top_ids: Tensor | None = None
+    prompt_top_logprobs: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
         """The tensors that exist, by field name."""
@@ -81,10 +93,29 @@ class ModelRunner:
         self.mark_counts(chunks)
         uploaded = upload(pack_chunks(chunks, tables.block_size), tables.device)
         tokens = view_chunks(uploaded, ChunkShape.of(chunks), chunks)
-        logits = self.mixed_forward(num_rows, tokens)
-        if not len(logits):
-            return empty_step(tables.device)
-        return self.mixed_choose(logits, num_rows, tokens, plan)
+        scored, targets = scored_tokens(chunks)
+        scored_rows = upload(scored + num_rows, tables.device) if len(scored) else None
+        hidden = self.model.forward(self._mixed_batch(num_rows, tokens, scored_rows), self.kv_cache)
+        num_chosen = len(hidden) - len(scored)
+        step = empty_step(tables.device)
+        if num_chosen:
+            logits = self.model.local_logits(hidden[:num_chosen])
+            step = self.mixed_choose(logits, num_rows, tokens, plan)
+        if not len(scored):
+            return step
+        scores = score_prompt(
+            hidden[num_chosen:],
+            upload(targets, tables.device),
+            self.model.local_logits,
+            self.sampling.vocab_start,
+            self.comm,
+        )
+        return replace(
+            step,
+            prompt_logprobs=scores.logprobs,
+            prompt_top_ids=scores.top_ids,
+            prompt_top_logprobs=scores.top_logprobs,
+        )
 
     def mixed_forward(self, num_rows: int, tokens: ChunkTokens) -> Tensor:
         """Logits fp32 [num_rows + num_finals, padded_vocab]; writes K and V of all tokens."""
@@ -133,9 +164,14 @@ class ModelRunner:
             logit_rows=None,
         )
 
-    def _mixed_batch(self, num_rows: int, tokens: ChunkTokens) -> ForwardBatch:
+    def _mixed_batch(
+        self, num_rows: int, tokens: ChunkTokens, scored_rows: Tensor | None = None
+    ) -> ForwardBatch:
         rows = self._decode_batch(num_rows)
         row_tokens = torch.arange(num_rows, device=self.tables.device)
+        logit_rows = [row_tokens, tokens.final_tokens + num_rows]
+        if scored_rows is not None:
+            logit_rows.append(scored_rows)
         return ForwardBatch(
             token_ids=torch.cat([rows.token_ids, tokens.token_ids]),
             positions=torch.cat([rows.positions, tokens.positions]),
@@ -145,7 +181,7 @@ class ModelRunner:
             decode_lens=rows.decode_lens,
             block_table=rows.block_table,
             chunks=tokens.chunks,
-            logit_rows=torch.cat([row_tokens, tokens.final_tokens + num_rows]),
+            logit_rows=torch.cat(logit_rows),
         )
 
     def _active(self, slots: Tensor, positions: Tensor) -> Tensor:
@@ -170,12 +206,17 @@ class ModelRunner:
             all_greedy=plan.all_greedy,
             with_top_k=plan.with_top_k,
             with_top_p=plan.with_top_p,
+            with_bias=plan.with_bias,
+            with_bad_words=plan.with_bad_words,
+            with_mask=plan.with_mask,
         )
         emits = active & sampled.finite
         stops = emits & is_stop(self.sampling, slots, sampled.token_ids)
         bad = active & ~sampled.finite
         if plan.with_penalties:
             update_counts(self.sampling, slots, sampled.token_ids, emits)
+        if plan.with_bad_words:
+            note_outputs(self.sampling.choices, slots, sampled.token_ids, emits)
         token_ids = sampled.token_ids.int()
         # Padding rows all write the dummy slot, and all write the values that it has.
         tables.last_token[slots] = torch.where(emits, token_ids, tables.last_token[slots])

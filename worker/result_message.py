@@ -19,6 +19,12 @@ _TENSOR_FIELDS = {
     "top_ids": "top_token_ids",
     "top_logprobs": "top_logprobs",
 }
+# Of prompt tokens, not of entries.
+_PROMPT_FIELDS = {
+    "prompt_logprobs": "prompt_logprobs",
+    "prompt_top_ids": "prompt_top_token_ids",
+    "prompt_top_logprobs": "prompt_top_logprobs",
+}
 
 
 def step_result(
@@ -27,7 +33,10 @@ def step_result(
     """Packs the real entries of a step that has ended."""
     result = worker_pb2.StepResult(command_id=command_id, step=step)
     for name, tensor in tensors.items():
-        setattr(result, _TENSOR_FIELDS[name], _packed(tensor[entries]))
+        if name in _PROMPT_FIELDS:
+            setattr(result, _PROMPT_FIELDS[name], _packed(tensor))
+        else:
+            setattr(result, _TENSOR_FIELDS[name], _packed(tensor[entries]))
     return result
 
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 MAX_STOP_IDS = 16
 MAX_ALTERNATIVES = 20
+MAX_BIASED_IDS = 300
+MAX_BAD_WORDS = 32
+MAX_BAD_WORD_IDS = 16
 NUM_CANDIDATES = 64
 # Below this the quotient logit / temperature could leave float32's range; a row this cold picks
 # its best token at any logit gap that half-precision weights can produce.
@@ -32,7 +35,10 @@ class SlotParams:
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. `num_logprobs` is None for no
     logprobs, 0 for the sampled token's only, n for n alternatives as well. `stop_ids` cannot be
-    sampled while fewer than `min_tokens` tokens came after the first `prompt_len`.
+    sampled while fewer than `min_tokens` tokens came after the first `prompt_len`. `logit_bias`
+    pairs an id with what is added to its logit. The last id of a bad word is not sampled after its
+    others; `recent_ids` are the last outputs that there were when the slot was opened. With
+    `is_constrained` every token is chosen under a mask.
 
     Raises:
         ValueError: names the field, its value and the limit.
@@ -50,6 +56,10 @@ class SlotParams:
     min_tokens: int = 0
     stop_ids: tuple[int, ...] = field(default=())
     num_logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    recent_ids: tuple[int, ...] = ()
+    is_constrained: bool = False
 
     def __post_init__(self) -> None:
         # Comparisons are written so that NaN fails them.
@@ -86,6 +96,26 @@ class SlotParams:
             self.num_logprobs,
             f"None or 0 to {MAX_ALTERNATIVES}",
         )
+        self._check_bias()
+        self._check_bad_words()
+
+    def _check_bias(self) -> None:
+        ids = [token_id for token_id, _ in self.logit_bias]
+        _require(len(ids) <= MAX_BIASED_IDS, "logit_bias", ids, f"at most {MAX_BIASED_IDS} ids")
+        _require(len(set(ids)) == len(ids), "logit_bias", ids, "of different ids")
+        for token_id, value in self.logit_bias:
+            _require(0 <= token_id < 1 << 31, "logit_bias", token_id, "an id from 0 to 2**31 - 1")
+            _require(abs(value) <= 1e6, f"logit_bias[{token_id}]", value, "-1e6 to 1e6")
+
+    def _check_bad_words(self) -> None:
+        words = self.bad_words
+        _require(len(words) <= MAX_BAD_WORDS, "bad_words", len(words), f"at most {MAX_BAD_WORDS}")
+        for word in words:
+            limit = f"1 to {MAX_BAD_WORD_IDS} ids"
+            _require(1 <= len(word) <= MAX_BAD_WORD_IDS, "a bad word", word, limit)
+            _require(all(0 <= i < 1 << 31 for i in word), "a bad word", word, "ids below 2**31")
+        limit = f"at most {MAX_BAD_WORD_IDS - 1} ids"
+        _require(len(self.recent_ids) < MAX_BAD_WORD_IDS, "recent_ids", self.recent_ids, limit)
 
     @property
     def is_greedy(self) -> bool:
@@ -128,8 +158,8 @@ def _require(holds: bool, name: str, value: object, limit: str) -> None:
 class SamplePlan:
     """Which work a step's rows need; the arguments of `sample` that the host knows.
 
-    The last three flags only leave out work that would change nothing, so they default to "may
-    be needed".
+    `all_greedy`, `with_top_k` and `with_top_p` only leave out work that would change nothing, so
+    their defaults say "may be needed".
     """
 
     variant: SampleVariant = SampleVariant.LOCAL_BEST
@@ -138,6 +168,9 @@ class SamplePlan:
     all_greedy: bool = False
     with_top_k: bool = True
     with_top_p: bool = True
+    with_bias: bool = False
+    with_bad_words: bool = False
+    with_mask: bool = False
 
 
 def plan_sample(rows: Iterable[SlotParams]) -> SamplePlan:
@@ -151,4 +184,7 @@ def plan_sample(rows: Iterable[SlotParams]) -> SamplePlan:
         all_greedy=not sampled,
         with_top_k=any(row.top_k > 0 for row in sampled),
         with_top_p=any(row.top_p < 1.0 for row in sampled),
+        with_bias=any(row.logit_bias for row in rows),
+        with_bad_words=any(row.bad_words for row in rows),
+        with_mask=any(row.is_constrained for row in rows),
     )

@@ -10,6 +10,7 @@ from worker.errors import CommandRefused
 from worker.sampling_params import MAX_STOP_IDS, SlotParams
 
 Int32Array = npt.NDArray[np.int32]
+UInt8Array = npt.NDArray[np.uint8]
 
 
 def slot_params(opening: worker_pb2.SlotOpen) -> SlotParams:
@@ -30,9 +31,50 @@ def slot_params(opening: worker_pb2.SlotOpen) -> SlotParams:
             min_tokens=opening.min_tokens,
             stop_ids=tuple(unpack_int32(opening.stop_ids, 1, "stop_ids")[:, 0].tolist()),
             num_logprobs=None if opening.logprob_count < 0 else opening.logprob_count,
+            logit_bias=_logit_bias(opening),
+            bad_words=tuple(
+                tuple(unpack_int32(word, 1, "bad_words")[:, 0].tolist())
+                for word in opening.bad_words
+            ),
+            recent_ids=tuple(
+                unpack_int32(opening.recent_output_ids, 1, "recent_output_ids")[:, 0].tolist()
+            ),
+            is_constrained=opening.is_constrained,
         )
     except ValueError as error:
         raise CommandRefused(f"slot {opening.slot}: {error}") from None
+
+
+def _logit_bias(opening: worker_pb2.SlotOpen) -> tuple[tuple[int, float], ...]:
+    ids = unpack_int32(opening.bias_ids, 1, "bias_ids")[:, 0].tolist()
+    if len(opening.bias_values) != 4 * len(ids):
+        raise CommandRefused(
+            f"slot {opening.slot}: bias_values has {len(opening.bias_values)} bytes for"
+            f" {len(ids)} bias_ids"
+        )
+    return tuple(zip(ids, np.frombuffer(opening.bias_values, "<f4").tolist(), strict=True))
+
+
+def allowed_bits(mask: worker_pb2.SlotMask, vocab_size: int) -> UInt8Array:
+    """uint8 [(vocab_size + 7) // 8], bit i % 8 of byte i // 8 for id i; CommandRefused."""
+    match mask.WhichOneof("allowed"):
+        case "ids":
+            ids = unpack_int32(mask.ids, 1, "masks.ids")[:, 0]
+            if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+                raise CommandRefused(f"slot {mask.slot}: a mask's id is not in 0..{vocab_size - 1}")
+            is_allowed = np.zeros(vocab_size, np.bool_)
+            is_allowed[ids] = True
+            return np.packbits(is_allowed, bitorder="little")
+        case "bits":
+            bits = np.frombuffer(mask.bits, np.uint8)
+            if len(bits) != (vocab_size + 7) // 8 or (
+                vocab_size % 8 and bits[-1] >> vocab_size % 8
+            ):
+                raise CommandRefused(
+                    f"slot {mask.slot}: a mask of {len(bits)} bytes is not one of {vocab_size} bits"
+                )
+            return bits
+    raise CommandRefused(f"slot {mask.slot}: a mask names no ids")
 
 
 def check_lengths(opening: worker_pb2.SlotOpen, num_blocks: int, block_size: int) -> None:

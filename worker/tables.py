@@ -16,6 +16,8 @@ from worker.errors import CommandRefused
 from worker.sampling_params import SlotParams
 from worker.slot_opening import (
     Int32Array,
+    UInt8Array,
+    allowed_bits,
     cached_token_ids,
     check_lengths,
     slot_params,
@@ -63,11 +65,16 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a prompt, to run or cached; `token_ids` int32 [length]."""
+    """A piece of a prompt, to run or cached; `token_ids` int32 [length].
+
+    `targets` int32 [n] are the prompt's ids behind its first n positions, of which the
+    log-probabilities are wanted.
+    """
 
     sequence: Sequence
     start: int
     token_ids: Int32Array
+    targets: Int32Array | None = None
 
     @property
     def is_final(self) -> bool:
@@ -85,6 +92,7 @@ class AppliedDelta:
     limits: list[tuple[int, int]] = field(default_factory=list)  # slot, limit
     rows: list[tuple[int, int]] = field(default_factory=list)  # row, slot
     chunks: list[Chunk] = field(default_factory=list)
+    masks: list[tuple[int, UInt8Array]] = field(default_factory=list)  # slot, bit per id
 
 
 class BatchTables:
@@ -114,6 +122,8 @@ class BatchTables:
             self._raise_limit(int(slot), int(limit), applied)
         self._change_rows(delta, applied)
         self._take_chunks(delta, applied)
+        for mask in delta.masks:
+            self._take_mask(mask, applied)
         return applied
 
     def digest(self) -> bytes:
@@ -210,6 +220,7 @@ class BatchTables:
         if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < self.limits.vocab_size:
             raise CommandRefused(f"a chunk token id is not in 0..{self.limits.vocab_size - 1}")
         taken = 0
+        behind = dict(unpack_int32(delta.prompt_targets, 2, "prompt_targets").tolist())
         for slot, start, length in unpack_int32(delta.chunks, 3, "chunks").tolist():
             seq = self._sequence(slot, "chunks")
             end = start + length
@@ -219,8 +230,12 @@ class BatchTables:
                     f" within prefill_len {seq.prefill_len} and limit {seq.limit}"
                 )
             seq.num_prefilled = end
-            applied.chunks.append(Chunk(seq, start, token_ids[taken : taken + length]))
+            ids = token_ids[taken : taken + length]
+            targets = None if slot not in behind else self._targets(seq, end, ids, behind.pop(slot))
+            applied.chunks.append(Chunk(seq, start, ids, targets))
             taken += length
+        if behind:
+            raise CommandRefused(f"prompt_targets name slots {sorted(behind)} without a chunk")
         if taken != token_ids.size:
             raise CommandRefused(f"chunks name {taken} token ids, {token_ids.size} came")
         if self.num_rows + taken > self.limits.max_batch_tokens:
@@ -228,6 +243,23 @@ class BatchTables:
                 f"{self.num_rows} rows and {taken} chunk tokens are above max_batch_tokens"
                 f" {self.limits.max_batch_tokens}"
             )
+
+    def _targets(self, seq: Sequence, end: int, ids: Int32Array, behind: int) -> Int32Array:
+        """The prompt's ids behind the positions of a chunk that ends before `end`."""
+        is_inside = end < seq.prompt_len
+        if not (0 <= behind < self.limits.vocab_size if is_inside else behind == -1):
+            raise CommandRefused(
+                f"slot {seq.slot}: {behind} cannot stand behind its chunk, which ends at {end} in a"
+                f" prompt of {seq.prompt_len}"
+            )
+        num_wanted = max(min(end, seq.prompt_len - 1) - (end - len(ids)), 0)
+        return np.append(ids[1:], np.int32(behind)).astype(np.int32)[:num_wanted]
+
+    def _take_mask(self, mask: worker_pb2.SlotMask, applied: AppliedDelta) -> None:
+        seq = self._sequence(mask.slot, "masks")
+        if not seq.params.is_constrained:
+            raise CommandRefused(f"slot {mask.slot} is not constrained, but gets a mask")
+        applied.masks.append((mask.slot, allowed_bits(mask, self.limits.vocab_size)))
 
     def _sequence(self, slot: int, where: str) -> Sequence:
         seq = self.sequences.get(slot)

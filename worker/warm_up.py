@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -15,6 +17,7 @@ _EVERY_PLAN = (
     SamplePlan(SampleVariant.LOCAL_BEST, with_penalties=True, with_logprobs=True),
     SamplePlan(SampleVariant.TOP_CANDIDATES, with_penalties=True, with_logprobs=True),
     SamplePlan(SampleVariant.THRESHOLD, with_penalties=True, with_logprobs=True),
+    SamplePlan(with_bias=True, with_bad_words=True, with_mask=True),
 )
 
 
@@ -29,6 +32,9 @@ def warm_up(runner: ModelRunner, config: worker_pb2.EngineConfig) -> None:
         for num_rows in (0, 1):
             chunk = _dummy_chunk(min(length, config.max_batch_tokens - num_rows), config)
             runner.mixed_step(num_rows, [chunk], plan_sample([SlotParams()]))
+    scored = _dummy_chunk(lengths[-1], config)
+    scored = replace(scored, targets=np.zeros(len(scored.token_ids), np.int32))
+    runner.mixed_step(0, [scored], plan_sample([SlotParams()]))
     for plan in _EVERY_PLAN:
         runner.decode_step(1, plan)
     if runner.tables.device.type == "cuda":

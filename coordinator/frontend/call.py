@@ -91,6 +91,9 @@ class Call:
         if index not in self._unfinished:
             return
         output = self._prepared.outputs[index]
+        events += [
+            generate_pb2.GenerateResponse(prompt_logprobs=piece) for piece in update.prompt_pieces
+        ]
         delta = output.push(update)
         if delta is not None:
             events.append(generate_pb2.GenerateResponse(delta=delta))

@@ -13,6 +13,7 @@ import numpy as np
 
 from coordinator.frontend.errors import EngineLost
 from coordinator.frontend.pacer import Pacer
+from coordinator.frontend.prompt_pieces import prompt_logprobs
 from coordinator.frontend.stream import CallStreams, SampleStream
 from protos.lockstep.v1 import engine_pb2
 
@@ -248,6 +249,9 @@ class EngineLink:
         counts = np.frombuffer(outputs.token_counts, "<i4").tolist()
         token_ids = np.frombuffer(outputs.token_ids, "<i4").tolist()
         logprobs = list(outputs.logprobs)
+        for piece in outputs.prompt_pieces:
+            if (stream := self._streams.get(piece.handle)) is not None:
+                stream.push_prompt(prompt_logprobs(piece))
         start = logprob_start = 0
         for handle, count in zip(handles, counts, strict=True):
             num_entries = count if handle & _WANTS_LOGPROBS else 0

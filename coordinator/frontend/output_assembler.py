@@ -26,10 +26,10 @@ class OutputAssembler:
     Three things hold back: bytes of an unfinished character, text that may begin a stop string,
     and the rest of a token that is partly held.
 
-    At a stop string the text ends before it, even inside a token; the ids end with the last token
-    that is wholly before it, and only those are counted. A stop id (`stop_ids`) is released and
-    counted like any other but adds no text. Without a tokenizer there is no text and ids pass
-    straight through. For one thread.
+    At a stop string the text ends before it (behind it with `include_stop`), even inside a token;
+    the ids end with the last token that is wholly in that text, and only those are counted. A stop
+    id (`stop_ids`) is released and counted like any other but adds no text. Without a tokenizer
+    there is no text and ids pass straight through. For one thread.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class OutputAssembler:
         stops: Sequence[str] = (),
         stop_ids: Collection[int] = (),
         min_tokens: int = 0,
+        include_stop: bool = False,
         skip_special_tokens: bool = True,
         resume_output_ids: Sequence[int] = (),
         ids_through_stop: bool = False,
@@ -58,7 +59,7 @@ class OutputAssembler:
             if tokenizer is not None
             else None
         )
-        self._matcher = StopMatcher(stops)
+        self._matcher = StopMatcher(stops, include_stop)
         self._stop_ids = frozenset(stop_ids)
         self._min_tokens = min_tokens
         self._ids_through_stop = ids_through_stop

@@ -6,19 +6,21 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from coordinator.errors import BadRequest
 from coordinator.frontend.availability import Availability
+from coordinator.frontend.bad_words import bad_word_ids
 from coordinator.frontend.chat_template import encode_chat
 from coordinator.frontend.checkpoint_text import CheckpointText
 from coordinator.frontend.output_assembler import OutputAssembler
 from coordinator.frontend.output_stream import OutputStream
 from coordinator.frontend.sampling_limits import MAX_STOP_IDS
 from coordinator.frontend.validation import (
+    Constraint,
     ModelLimits,
     RequestFields,
     SamplingParams,
@@ -27,7 +29,6 @@ from coordinator.frontend.validation import (
     check_text,
     check_text_length,
     check_token_ids,
-    refuse_unsupported,
     resolve_sampling,
 )
 from protos.lockstep.v1 import engine_pb2, generate_pb2
@@ -115,6 +116,7 @@ class RequestPreparer:
             tenant=request.tenant,
             use_prefix_cache=not request.HasField("use_prefix_cache") or request.use_prefix_cache,
             deadline=clock.deadline,
+            bad_words=await self._bad_words(params.bad_words),
         )
         outputs = [
             OutputStream(self._assembler(params, resumed.tolist(), dialect), len(prompt), index)
@@ -122,7 +124,8 @@ class RequestPreparer:
         ]
         return PreparedRequest(
             submits=[
-                _sample_submit(common, params.sample_seed(index)) for index in range(len(outputs))
+                _sample_submit(common, index, params.sample_seed(index))
+                for index in range(len(outputs))
             ],
             started=generate_pb2.Started(
                 request_id=request_id, seed=params.seed, prompt_token_count=len(prompt)
@@ -140,10 +143,18 @@ class RequestPreparer:
             stops=params.stop,
             stop_ids=params.stop_ids,
             min_tokens=params.min_tokens,
+            include_stop=params.include_stop,
             skip_special_tokens=dialect.skip_special_tokens,
             resume_output_ids=resumed,
             ids_through_stop=dialect.ids_through_stop,
         )
+
+    async def _bad_words(self, words: Sequence[str]) -> list[bytes]:
+        if not words:
+            return []
+        tokenizer = self._text.require_tokenizer()
+        sequences = await self._off_loop(lambda: bad_word_ids(tokenizer, words))
+        return [_packed(np.asarray(ids)) for ids in sequences]
 
     def _limits(self) -> ModelLimits:
         tokenizer = self._text.tokenizer
@@ -209,14 +220,35 @@ def _request_fields(params: generate_pb2.SamplingParams) -> RequestFields:
     num_stop_ids = len(params.stop_token_ids)
     if num_stop_ids > MAX_STOP_IDS:
         raise BadRequest("number of stop_token_ids", num_stop_ids, f"at most {MAX_STOP_IDS}")
-    present = {field.name: value for field, value in params.ListFields()}
-    refuse_unsupported(present)
+    present: dict[str, Any] = {field.name: value for field, value in params.ListFields()}
+    kind = params.WhichOneof("constraint")
+    if kind is not None:
+        present["constraint"] = _constraint(kind, present.pop(kind))
     return RequestFields(**present)
 
 
+def _constraint(kind: str, value: Any) -> Constraint | None:
+    match kind:
+        case "json_object":
+            return Constraint(kind, "") if value else None
+        case "choice":
+            return Constraint(kind, tuple(value.choices))
+    return Constraint(kind, value)
+
+
+def _set_constraint(params: generate_pb2.SamplingParams, constraint: Constraint) -> None:
+    match constraint.kind:
+        case "json_object":
+            params.json_object = True
+        case "choice":
+            params.choice.choices.extend(constraint.definition)
+        case kind:
+            setattr(params, kind, constraint.definition)
+
+
 def _resolved_message(params: SamplingParams) -> generate_pb2.SamplingParams:
-    """Every field set; stop texts stay here, stop ids travel beside."""
-    return generate_pb2.SamplingParams(
+    """Every field set; stop texts stay here, stop ids and bad words travel beside."""
+    message = generate_pb2.SamplingParams(
         temperature=params.temperature,
         top_p=params.top_p,
         top_k=params.top_k,
@@ -230,13 +262,20 @@ def _resolved_message(params: SamplingParams) -> generate_pb2.SamplingParams:
         ignore_eos=params.ignore_eos,
         logprobs=params.num_logprobs,
         n=params.num_samples,
+        prompt_logprobs=params.num_prompt_logprobs,
+        logit_bias=dict(params.logit_bias),
     )
+    if params.constraint is not None:
+        _set_constraint(message, params.constraint)
+    return message
 
 
-def _sample_submit(common: engine_pb2.Submit, seed: int) -> engine_pb2.Submit:
+def _sample_submit(common: engine_pb2.Submit, index: int, seed: int) -> engine_pb2.Submit:
     submit = engine_pb2.Submit()
     submit.CopyFrom(common)
     submit.sampling_params.seed = seed
+    if index:  # the samples share their prompt, of which the first one tells
+        submit.sampling_params.ClearField("prompt_logprobs")
     return submit
 
 

@@ -14,6 +14,13 @@ MAX_SAMPLES = 16
 MAX_PRIORITY = 100
 """Of either sign."""
 MAX_TENANT_CHARS = 64
+MAX_BIASED_IDS = 300
+MAX_BAD_WORDS = 16
+MAX_BAD_WORD_CHARS = 64
+MAX_BAD_WORD_IDS = 16
+"""Columns of the device table of bad words."""
+MAX_CONSTRAINT_BYTES = 65536
+MAX_CHOICES = 256
 MAX_INT32 = 2**31 - 1
 
 
@@ -46,5 +53,6 @@ SAMPLING_RANGES: Mapping[str, Range] = {
     # The low end keeps logits / penalty finite in float32.
     "repetition_penalty": Range(1e-6, 100),
     "presence_penalty": Range(-2, 2),
+    "logit_bias": Range(-100, 100),
     "frequency_penalty": Range(-2, 2),
 }

@@ -10,17 +10,21 @@ class StopMatcher:
     the longest. So the result does not depend on how the text is cut into pieces. For one thread.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        """`stops` are searched for as they are; none may be empty."""
+    def __init__(self, stops: Sequence[str], include_stop: bool = False) -> None:
+        """`stops` are searched for as they are; none may be empty.
+
+        `include_stop` releases the one that matched with the text before it.
+        """
         assert all(stops), "an empty stop string matches everywhere"
         self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=0)
+        self._include_stop = include_stop
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Takes more text; returns the text that is now certain, and the stop that matched.
 
-        After a match nothing more may be pushed; the stop itself is not released.
+        After a match nothing more may be pushed.
         """
         if not self._stops:
             return text, None
@@ -29,7 +33,8 @@ class StopMatcher:
         if match is not None:
             start, stop = match
             self._held = ""
-            return text[:start], stop
+            end = start + len(stop) if self._include_stop else start
+            return text[:end], stop
         kept = len(text) - self._num_held(text)
         self._held = text[kept:]
         return text[:kept], None

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coordinator.errors import CoordinatorError
 from protos.lockstep.v1 import engine_pb2, generate_pb2
@@ -13,12 +13,14 @@ class StreamUpdate:
     """Everything that had queued for a sample.
 
     `logprobs` has one entry per id, or none. `ended` is set once, in the sample's last update.
+    `prompt_pieces` come before the ids.
     """
 
     sample_index: int
     token_ids: list[int]
     logprobs: list[generate_pb2.TokenLogprobs]
     ended: engine_pb2.Ended | None
+    prompt_pieces: list[generate_pb2.PromptLogprobs] = field(default_factory=list)
 
 
 class SampleStream:
@@ -44,6 +46,10 @@ class SampleStream:
         update = self._queued()
         update.token_ids += token_ids
         update.logprobs += logprobs
+
+    def push_prompt(self, piece: generate_pb2.PromptLogprobs) -> None:
+        """Adds log-probabilities of a piece of the prompt."""
+        self._queued().prompt_pieces.append(piece)
 
     def end(self, ended: engine_pb2.Ended) -> None:
         """Adds the engine's last word."""

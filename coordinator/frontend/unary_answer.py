@@ -11,6 +11,7 @@ class UnaryAnswer:
     def __init__(self, num_samples: int) -> None:
         self._started = generate_pb2.Started()
         self._texts: list[list[str]] = [[] for _ in range(num_samples)]
+        self._prompt_pieces: list[generate_pb2.PromptLogprobs] = []
         self._samples = [generate_pb2.Sample() for _ in range(num_samples)]
 
     def add(self, event: generate_pb2.GenerateResponse) -> None:
@@ -18,6 +19,8 @@ class UnaryAnswer:
         match event.WhichOneof("event"):
             case "started":
                 self._started = event.started
+            case "prompt_logprobs":
+                self._prompt_pieces.append(event.prompt_logprobs)
             case "delta":
                 delta = event.delta
                 output = self._samples[delta.sample_index].output
@@ -41,4 +44,15 @@ class UnaryAnswer:
             output=first.output,
             finished=first.finished,
             further_samples=further,
+            prompt_logprobs=self._prompt(),
         )
+
+    def _prompt(self) -> generate_pb2.PromptLogprobs | None:
+        """All pieces joined; None without any."""
+        if not self._prompt_pieces:
+            return None
+        whole = generate_pb2.PromptLogprobs(first_position=self._prompt_pieces[0].first_position)
+        for piece in self._prompt_pieces:
+            whole.token_ids.extend(piece.token_ids)
+            whole.logprobs.extend(piece.logprobs)
+        return whole

@@ -5,7 +5,7 @@ Every refusal is a BadRequest that names the field, its value and the limit.
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +14,11 @@ import numpy.typing as npt
 from coordinator.errors import BadRequest, TextUnavailable
 from coordinator.frontend.generation_defaults import GenerationDefaults
 from coordinator.frontend.sampling_limits import (
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_BIASED_IDS,
+    MAX_CHOICES,
+    MAX_CONSTRAINT_BYTES,
     MAX_LOGPROBS,
     MAX_PRIORITY,
     MAX_SAMPLES,
@@ -24,20 +29,6 @@ from coordinator.frontend.sampling_limits import (
     SAMPLING_RANGES,
     Range,
 )
-
-UNSUPPORTED = (
-    "logit_bias",
-    "bad_words",
-    "json_schema",
-    "json_object",
-    "regex",
-    "lark_grammar",
-    "choice",
-    "gbnf_grammar",
-    "prompt_logprobs",
-    "include_stop",
-)
-"""Fields of the public SamplingParams that are refused when set."""
 
 _Number = TypeVar("_Number", int, float)
 
@@ -52,6 +43,14 @@ class ModelLimits:
     """Longest prompt + output, in tokens."""
     longest_token_chars: int | None
     """`Tokenizer.longest_token_chars`; None without a tokenizer."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the output must be: the field of the public SamplingParams, and what it holds."""
+
+    kind: str
+    definition: str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,11 @@ class RequestFields:
     ignore_eos: bool | None = None
     logprobs: int | None = None
     n: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: Sequence[str] = ()
+    include_stop: bool | None = None
+    constraint: Constraint | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,13 @@ class SamplingParams:
     num_logprobs: int | None
     """None: none wanted."""
     num_samples: int = 1
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of an id and what is added to its logit, by rising id."""
+    bad_words: tuple[str, ...] = ()
+    include_stop: bool = False
+    constraint: Constraint | None = None
+    num_prompt_logprobs: int | None = None
+    """None: none wanted."""
 
     def sample_seed(self, sample_index: int) -> int:
         """The sample's own seed, in signed 64 bits as the noise takes it."""
@@ -133,8 +144,9 @@ def resolve_sampling(
     seed = draw_seed() if fields.seed is None else fields.seed
     if not -(2**63) <= seed < 2**63:
         raise BadRequest("seed", seed, "a signed 64-bit integer")
-    if fields.logprobs is not None:
-        Range(0, MAX_LOGPROBS).check("logprobs", fields.logprobs)
+    for name, count in (("logprobs", fields.logprobs), ("prompt_logprobs", fields.prompt_logprobs)):
+        if count is not None:
+            Range(0, MAX_LOGPROBS).check(name, count)
     num_samples = 1 if fields.n is None else fields.n
     Range(1, MAX_SAMPLES).check("n", num_samples)
     if num_resumed_tokens and num_samples > 1:
@@ -158,17 +170,12 @@ def resolve_sampling(
         ignore_eos=ignore_eos,
         num_logprobs=fields.logprobs,
         num_samples=num_samples,
+        logit_bias=_logit_bias(fields.logit_bias, limits),
+        bad_words=_bad_words(fields.bad_words, limits),
+        include_stop=bool(fields.include_stop),
+        constraint=_constraint(fields, limits),
+        num_prompt_logprobs=fields.prompt_logprobs,
     )
-
-
-def refuse_unsupported(present: Mapping[str, object]) -> None:
-    """Refuses, by name, fields of the public API that this version does not honour yet.
-
-    `present` are the fields of SamplingParams that a request states. Raises BadRequest.
-    """
-    for name in UNSUPPORTED:
-        if name in present:
-            raise BadRequest(name, present[name], "unset: this version does not honour it")
 
 
 def check_scheduling(priority: int, tenant: str) -> None:
@@ -260,6 +267,55 @@ def _stop_strings(stops: Sequence[str], limits: ModelLimits) -> tuple[str, ...]:
             limit = f"1 to {MAX_STOP_STRING_CHARS} characters long"
             raise BadRequest(f"stop[{index}]", stop, limit)
     return tuple(dict.fromkeys(stops))
+
+
+def _logit_bias(bias: Mapping[int, float], limits: ModelLimits) -> tuple[tuple[int, float], ...]:
+    if len(bias) > MAX_BIASED_IDS:
+        raise BadRequest("number of logit_bias", len(bias), f"at most {MAX_BIASED_IDS}")
+    for token_id, value in bias.items():
+        if not 0 <= token_id < limits.vocab_size:
+            limit = f"an id in the vocabulary, 0 to {limits.vocab_size - 1}"
+            raise BadRequest("id in logit_bias", token_id, limit)
+        SAMPLING_RANGES["logit_bias"].check(f"logit_bias[{token_id}]", value)
+    return tuple(sorted(bias.items()))
+
+
+def _bad_words(words: Sequence[str], limits: ModelLimits) -> tuple[str, ...]:
+    if words and limits.longest_token_chars is None:
+        raise TextUnavailable("bad words need a tokenizer, and this checkpoint has none")
+    if len(words) > MAX_BAD_WORDS:
+        raise BadRequest("number of bad_words", len(words), f"at most {MAX_BAD_WORDS}")
+    for index, word in enumerate(words):
+        if not 1 <= len(word) <= MAX_BAD_WORD_CHARS:
+            limit = f"1 to {MAX_BAD_WORD_CHARS} characters long"
+            raise BadRequest(f"bad_words[{index}]", word, limit)
+    return tuple(dict.fromkeys(words))
+
+
+def _constraint(fields: RequestFields, limits: ModelLimits) -> Constraint | None:
+    """Checks sizes; whether the definition makes sense, the grammar process says."""
+    constraint = fields.constraint
+    if constraint is None:
+        return None
+    if limits.longest_token_chars is None:
+        raise TextUnavailable(f"{constraint.kind} needs a tokenizer, and this checkpoint has none")
+    if fields.ignore_eos:
+        limit = f"false with {constraint.kind}, which ends at an end-of-sequence id"
+        raise BadRequest("ignore_eos", True, limit)
+    if isinstance(constraint.definition, tuple):
+        _check_choices(constraint.definition)
+    size = len("".join(constraint.definition).encode())
+    if size > MAX_CONSTRAINT_BYTES:
+        raise BadRequest(f"bytes of {constraint.kind}", size, f"at most {MAX_CONSTRAINT_BYTES}")
+    return constraint
+
+
+def _check_choices(choices: Sequence[str]) -> None:
+    if not 1 <= len(choices) <= MAX_CHOICES:
+        raise BadRequest("number of choice.choices", len(choices), f"1 to {MAX_CHOICES}")
+    for index, choice in enumerate(choices):
+        if not choice:
+            raise BadRequest(f"choice.choices[{index}]", choice, "not empty")
 
 
 def _stop_ids(

@@ -17,7 +17,10 @@ NUM_BLOCKS = 61
 MAX_MODEL_LEN = 60
 VOCAB_SIZE = 200
 _BLOCKS_PER_SLOT = 15
-_PACKED_FIELDS = ("closed_slots", "block_appends", "limits", "row_changes", "chunks")
+_PACKED_FIELDS = (
+    *("closed_slots", "block_appends", "limits", "row_changes", "chunks"),
+    "prompt_targets",
+)
 _EXTREMES = (-(2**31), -1, 0, 1, 2, 5, 60, 61, 2**20, 2**31 - 2, 2**31 - 1)
 _FLOATS = (float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e-30, 1e30)
 
@@ -42,7 +45,7 @@ def spoiled(rng: random.Random, delta: TableDelta, steps: int, maker: CommandMak
     """The next command with one thing wrong with it, most often with a digest that is right."""
     wrong = TableDelta()
     wrong.CopyFrom(delta)
-    kind = rng.randrange(6)
+    kind = rng.randrange(7)
     if kind == 0:
         raw = bytearray(delta.SerializeToString() or b"\0")
         for _ in range(rng.randint(1, 4)):
@@ -59,6 +62,15 @@ def spoiled(rng: random.Random, delta: TableDelta, steps: int, maker: CommandMak
     if kind == 4:
         wrong.row_count = rng.choice(_EXTREMES)
         return maker.next(wrong, rng.choice([steps, -1, 64, 65, 2**31 - 1]))
+    if kind == 5:
+        bits = rng.randbytes(rng.choice([0, 24, 25, 26]))
+        ids = packed(rng.choice(_EXTREMES))
+        mask = wrong.masks.add(slot=rng.choice(_EXTREMES))
+        if rng.random() < 0.5:
+            mask.bits = bits
+        else:
+            mask.ids = ids
+        return maker.next(wrong, steps)
     command = maker.next(delta, steps)
     name = rng.choice(["command_id", "epoch", "first_step", "digest", "table_digest"])
     is_bytes = name in ("digest", "table_digest")
@@ -83,15 +95,23 @@ def _open(rng: random.Random, slot: int, num_rows: int) -> TableDelta:
         stop_ids=packed(3, 4),
         logprob_count=rng.randint(-1, 20),
         cached_len=rng.choice([0, 4]),
+        bias_ids=packed(5, 6),
+        bias_values=struct.pack("<2f", 0.5, -2.0),
+        bad_words=[packed(7), packed(8, 9)],
+        recent_output_ids=packed(8),
+        is_constrained=rng.random() < 0.5,
     )
     if opening.presence_penalty:
         opening.cached_token_ids = packed(*range(opening.cached_len))
     rest = length - opening.cached_len
-    return TableDelta(
+    delta = TableDelta(
         opened_slots=[opening],
         chunks=packed(slot, opening.cached_len, rest),
         chunk_token_ids=packed(*(rng.randrange(VOCAB_SIZE) for _ in range(rest))),
     )
+    if opening.is_constrained:
+        delta.masks.add(slot=slot, ids=packed(*range(3, 60)))
+    return delta
 
 
 def _block(slot: int, index: int) -> int:
@@ -112,7 +132,11 @@ def _spoil_packed(rng: random.Random, delta: TableDelta) -> None:
 def _spoil_opening(rng: random.Random, delta: TableDelta) -> None:
     opening = delta.opened_slots[0] if delta.opened_slots else delta.opened_slots.add()
     field: Any = rng.choice(SlotOpen.DESCRIPTOR.fields)
-    if field.name in ("block_ids", "stop_ids", "cached_token_ids"):
+    if field.name == "bad_words":
+        opening.bad_words.append(rng.randbytes(rng.randint(0, 80)))
+    elif field.name == "is_constrained":
+        opening.is_constrained = not opening.is_constrained
+    elif field.cpp_type == FieldDescriptor.CPPTYPE_STRING:  # packed bytes
         words = [rng.choice(_EXTREMES) for _ in range(rng.randint(0, 20))]
         setattr(opening, field.name, packed(*words) + b"\0" * rng.choice([0, 0, 1]))
     elif field.cpp_type == FieldDescriptor.CPPTYPE_FLOAT:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import CoordinatorConfig
+from coordinator.constraints import Constraints
 from coordinator.errors import StartRefused
 from coordinator.group_leader import GroupLeader
 from coordinator.group_status import GroupStatus
@@ -84,6 +85,7 @@ class Heard:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     ended: dict[int, list[engine_pb2.Ended]] = field(default_factory=dict)
     logprobs: list[generate_pb2.TokenLogprobs] = field(default_factory=list)
+    prompts: dict[int, list[engine_pb2.PromptPiece]] = field(default_factory=dict)
     outcomes: list[engine_pb2.AbortOutcome] = field(default_factory=list)
     states: list[engine_pb2.GroupState] = field(default_factory=list)
     drains: list[engine_pb2.Drain] = field(default_factory=list)
@@ -116,6 +118,8 @@ class Heard:
         await self.until(lambda: all(handle in self.ended for handle in handles))
 
     def _hear_outputs(self, outputs: engine_pb2.Outputs) -> None:
+        for piece in outputs.prompt_pieces:
+            self.prompts.setdefault(piece.handle, []).append(piece)
         count = len(outputs.handles) // 8
         handles = struct.unpack(f"<{count}q", outputs.handles)
         counts = struct.unpack(f"<{count}i", outputs.token_counts)
@@ -190,6 +194,7 @@ async def running_group(
     is_awaited: bool = True,
     metrics: EngineMetrics | None = None,
     step_log: StepLog | None = None,
+    constraints: Constraints | None = None,
     **config: Any,
 ) -> AsyncIterator[Harness]:
     """Starts fake ranks and a leader; waits until the group is up unless told not to.
@@ -202,7 +207,13 @@ async def running_group(
     made = make_config(addresses, **config)
     outbox, heard = Outbox(), Heard()
     metrics = metrics or EngineMetrics("fake")
-    book = RequestBook(outbox, metrics, made.max_queue_requests, made.max_queue_prompt_tokens)
+    book = RequestBook(
+        outbox,
+        metrics,
+        made.max_queue_requests,
+        made.max_queue_prompt_tokens,
+        constraints=constraints,
+    )
 
     def flush() -> None:
         for messages in outbox.take().values():

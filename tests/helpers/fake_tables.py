@@ -35,6 +35,8 @@ class _Slot:
     token_ids: list[int] = field(default_factory=list)
     position: int = 0
     is_stopped: bool = False
+    is_constrained: bool = False
+    mask: set[int] | None = None  # of the next token alone
 
 
 class Refusal(Exception):
@@ -76,6 +78,9 @@ class FakeTables:
             slot = self._slots[number]
             require(limit >= slot.limit, "a limit falls")
             slot.limit = limit
+        for mask in delta.masks:
+            require(self._slots[mask.slot].is_constrained, "a mask for a slot without constraint")
+            self._slots[mask.slot].mask = allowed_ids(mask)
         for row, number in unpack(delta.row_changes, 2):
             self._rows.pop(row, None)
             if number:
@@ -100,6 +105,7 @@ class FakeTables:
             opening.logprob_count,
             opening.cached_len,
             self._cached_token_ids(opening, block_ids),
+            is_constrained=opening.is_constrained,
         )
 
     def _cached_token_ids(self, opening: worker_pb2.SlotOpen, block_ids: list[int]) -> list[int]:
@@ -160,6 +166,8 @@ class FakeTables:
                         entries.append(self._choose(slot))
                         asked.append(slot.num_logprobs >= 0)
             result = self._result(command, command.first_step + offset, entries, any(asked))
+            if offset == 0:
+                self._score_prompts(result, delta)
             result.arrival_micros = arrival_micros
             reports.append(worker_pb2.ExecuteResponse(result=result))
         if self._rank == 0 and command.step_count:
@@ -197,6 +205,23 @@ class FakeTables:
             result.top_token_ids = struct.pack(f"<{count * 20}i", *(list(range(20)) * count))
             result.top_logprobs = struct.pack(f"<{count * 20}f", *([-1.0] * 20 * count))
         return result
+
+    def _score_prompts(self, result: worker_pb2.StepResult, delta: worker_pb2.TableDelta) -> None:
+        """A wanted token's log-probability is minus a thousandth of its id."""
+        behind = dict(unpack(delta.prompt_targets, 2))
+        scored: list[int] = []
+        for number, start, length in unpack(delta.chunks, 3):
+            if number in behind:
+                slot = self._slots[number]
+                end = min(start + length, slot.prompt_len - 1)
+                targets = [*slot.token_ids[start + 1 : start + length], behind.pop(number)]
+                scored += targets[: max(end - start, 0)]
+        assert not behind, "targets without a chunk"
+        count = len(scored)
+        result.prompt_logprobs = struct.pack(f"<{count}f", *(-token / 1000 for token in scored))
+        if count:
+            result.prompt_top_token_ids = struct.pack(f"<{count * 20}i", *(list(range(20)) * count))
+            result.prompt_top_logprobs = struct.pack(f"<{count * 20}f", *([-1.0] * 20 * count))
 
     def _comm_micros(self, step: int) -> int:
         return -1 if self._settings.comm_micros < 0 else step * self._settings.comm_micros
@@ -239,12 +264,28 @@ class FakeTables:
         if token == self._settings.not_finite_token:
             slot.is_stopped = True
             return -1, FLAG_NOT_FINITE
+        if slot.is_constrained:
+            assert slot.mask, "a token without a mask of its own"
+            token = token if token in slot.mask else min(slot.mask)
+            slot.mask = None
         slot.token_ids.append(token)
         num_output = len(slot.token_ids) - slot.prompt_len
         if token in slot.stop_ids and num_output > slot.min_tokens:
             slot.is_stopped = True
             return token, FLAG_STOP
         return token, 0
+
+
+def allowed_ids(mask: worker_pb2.SlotMask) -> set[int]:
+    """What either form allows."""
+    if mask.WhichOneof("allowed") == "ids":
+        return {token_id for (token_id,) in unpack(mask.ids, 1)}
+    return {
+        8 * index + bit
+        for index, byte in enumerate(mask.bits)
+        for bit in range(8)
+        if byte >> bit & 1
+    }
 
 
 def unpack(packed: bytes, width: int) -> list[tuple[int, ...]]:

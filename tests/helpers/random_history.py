@@ -7,17 +7,20 @@ are all failures.
 
 import hashlib
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from random import Random
 
 from coordinator.batch import Batch
 from coordinator.request import Request, RequestState
-from protos.lockstep.v1 import worker_pb2
+from protos.lockstep.v1 import generate_pb2, worker_pb2
 from tests.helpers.batch_history import BLOCK_SIZE, Rank, apply, make_batch, make_request
 from tests.helpers.fake_worker import expected_output
 
-MOVES = ("arrive", "arrive", "continue_one", "sample", "abort", "send", "send", "send", "report")
+MOVES = (
+    *("arrive", "arrive", "continue_one", "sample", "abort"),
+    *("send", "send", "send", "report", "mask", "mask"),
+)
 _NUM_BLOCKS = 11  # ten to give out: forty positions
 _MAX_POSITIONS = 40
 _MAX_UNREPORTED_STEPS = 12
@@ -33,6 +36,7 @@ class History:
         self.aborted: set[int] = set()
         self.unreported: deque[worker_pb2.StepResult] = deque()
         self._live: list[Request] = []
+        self._num_masks = Counter[int]()  # that a constrained request has got, by order
         self._prefix_of_key: dict[bytes, tuple[int, ...]] = {}
         self._noted: dict[int, tuple[int, bytes]] = {}  # by order: tokens hashed, last key
 
@@ -50,6 +54,7 @@ class History:
             self.check()
             for _ in range(draw.randint(1, 12)):
                 self._report(draw)
+                self._mask(draw)
             self.check()
         assert all(request.is_finished for request in self.requests), "somebody starves"
         assert self.batch.num_waiting == self.batch.num_running == 0
@@ -111,6 +116,25 @@ class History:
         if command is not None:
             self.unreported += self.rank.run(command)
 
+    def _mask(self, draw: Random) -> None:
+        """A mask comes some time after the token before it, and allows the right one alone."""
+        due = [
+            request
+            for request in self._live
+            if request.constraint is not None
+            and not request.is_finished
+            and self._num_masks[request.order] == len(request.output_ids)
+        ]
+        if not due:
+            return
+        request = draw.choice(due)
+        self._num_masks[request.order] += 1
+        num_outputs = len(request.output_ids) + 1
+        token_id = expected_output(request.prompt_ids.tolist(), num_outputs)[-1]
+        request.next_mask = worker_pb2.SlotMask(ids=struct.pack("<i", token_id))
+        is_first = self.batch.mask_came(request)
+        assert is_first == (num_outputs == 1)
+
     def _report(self, draw: Random) -> None:
         if self.unreported:
             apply(self.batch, self.unreported.popleft())
@@ -137,7 +161,11 @@ class History:
         )
         self.requests.append(request)
         self._live.append(request)
-        self.batch.enqueue(request)
+        if draw.randrange(4):
+            self.batch.enqueue(request)
+        else:
+            request.constraint = generate_pb2.SamplingParams(regex="any")
+            self.batch.await_mask(request)
 
     def _check_cached_tokens(self) -> None:
         """Every block that can be found holds what its key stands for, as the rank wrote it."""

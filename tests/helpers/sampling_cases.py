@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,9 +25,11 @@ from worker.sampling import (
     sample,
 )
 from worker.sampling.reference import ReferenceSample, sample_reference
+from worker.sampling_params import MAX_BAD_WORD_IDS
 
 CPU = torch.device("cpu")
 GRANULE = 64
+UInt8Array = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,21 @@ class Row:
     position: int = 7
     prompt_ids: tuple[int, ...] = ()
     output_ids: tuple[int, ...] = ()
+    allowed_ids: tuple[int, ...] | None = None
+
+    @property
+    def slot_params(self) -> SlotParams:
+        """The parameters as a slot gets them when it is opened."""
+        recent = self.output_ids[1 - MAX_BAD_WORD_IDS :] if self.params.bad_words else ()
+        is_constrained = self.allowed_ids is not None
+        return replace(self.params, recent_ids=recent, is_constrained=is_constrained)
+
+
+def allowed_bits(row: Row, vocab_size: int) -> UInt8Array:
+    """The row's mask as a command brings it."""
+    is_allowed = np.zeros(vocab_size, np.bool_)
+    is_allowed[list(row.allowed_ids or ())] = True
+    return np.packbits(is_allowed, bitorder="little")
 
 
 def shard_bounds(vocab_size: int, world_size: int) -> list[tuple[int, int]]:
@@ -53,7 +72,14 @@ def make_shard(
     local = torch.full((logits.shape[0], padded), -math.inf)
     local[:, : stop - start] = logits[:, start:stop]
     tables = SlotSampling(len(rows) + 1, padded, start, device)
-    tables.set_rows(slots_of(rows), [row.params for row in rows])
+    tables.set_rows(slots_of(rows), [row.slot_params for row in rows])
+    tables.choices.set_masks(
+        [
+            (slot, allowed_bits(row, logits.shape[1]))
+            for slot, row in zip(slots_of(rows), rows, strict=True)
+            if row.allowed_ids is not None
+        ]
+    )
     marked: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     for slot, row in zip(slots_of(rows), rows, strict=True):
         like = marked.setdefault((row.prompt_ids, row.output_ids), slot)
@@ -90,6 +116,9 @@ def sample_shard(
         all_greedy=plan.all_greedy,
         with_top_k=plan.with_top_k,
         with_top_p=plan.with_top_p,
+        with_bias=plan.with_bias,
+        with_bad_words=plan.with_bad_words,
+        with_mask=plan.with_mask,
     )
 
 
@@ -101,7 +130,7 @@ def sample_rows(
     device: torch.device = CPU,
 ) -> list[SampleOutput]:
     """Every rank's output for `logits` float32 [N, vocab_size]; the rows' own plan by default."""
-    plan = plan or plan_sample([row.params for row in rows])
+    plan = plan or plan_sample([row.slot_params for row in rows])
 
     def one_rank(comm: ThreadCommunicator) -> SampleOutput:
         local, tables = make_shard(logits, rows, comm.rank, world_size, device)
@@ -114,7 +143,9 @@ def sample_rows(
 
 def expected_rows(logits: Tensor, rows: Sequence[Row]) -> list[ReferenceSample]:
     return [
-        sample_reference(line, row.params, row.position, row.prompt_ids, row.output_ids)
+        sample_reference(
+            line, row.params, row.position, row.prompt_ids, row.output_ids, row.allowed_ids
+        )
         for line, row in zip(logits, rows, strict=True)
     ]
 
@@ -126,11 +157,19 @@ def token_ids(output: SampleOutput) -> list[int]:
 
 def strongest_plan(variant: SampleVariant, with_logprobs: bool = False) -> SamplePlan:
     """`variant` with every optional piece of work switched on."""
-    return SamplePlan(variant, with_penalties=True, with_logprobs=with_logprobs)
+    return SamplePlan(
+        variant,
+        with_penalties=True,
+        with_logprobs=with_logprobs,
+        with_bias=True,
+        with_bad_words=True,
+        with_mask=True,
+    )
 
 
 def random_rows(count: int, vocab_size: int, variant: SampleVariant, seed: int) -> list[Row]:
-    """Rows that `variant` serves, of all kinds: greedy, filtered, penalised, with logprobs."""
+    """Rows that `variant` serves, of all kinds: greedy, filtered, penalised, with logprobs,
+    biases, bad words (some of which the output has begun) and constraints."""
     draw = random.Random(seed)
     rows: list[Row] = []
     while len(rows) < count:
@@ -150,7 +189,28 @@ def random_rows(count: int, vocab_size: int, variant: SampleVariant, seed: int) 
             min_tokens=draw.choice([0, 5]),
             stop_ids=tuple(draw.choices(range(vocab_size), k=draw.randrange(17))),
             num_logprobs=draw.choice([None, 0, 20]),
+            logit_bias=_random_bias(draw, vocab_size) if draw.random() < 0.3 else (),
+            bad_words=_random_bad_words(draw, vocab_size, output) if draw.random() < 0.3 else (),
         )
+        allowed = None
+        if draw.random() < 0.3:
+            allowed = tuple(draw.sample(range(vocab_size), draw.randrange(35, vocab_size)))
         if params.variant <= variant:
-            rows.append(Row(params, len(prompt) + len(output), prompt, output))
+            rows.append(Row(params, len(prompt) + len(output), prompt, output, allowed))
     return rows
+
+
+def _random_bias(draw: random.Random, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    ids = draw.sample(range(vocab_size), draw.randrange(1, min(vocab_size, 300)))
+    return tuple((token_id, draw.choice([-100.0, -1.5, 0.25, 8.0])) for token_id in ids)
+
+
+def _random_bad_words(
+    draw: random.Random, vocab_size: int, output: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    words: list[tuple[int, ...]] = []
+    for _ in range(draw.randrange(1, 17)):
+        num_begun = draw.randrange(min(len(output), 3) + 1)
+        begun = output[len(output) - num_begun :] if draw.random() < 0.7 else (1, 2)
+        words.append((*begun, draw.randrange(vocab_size)))
+    return tuple(words)

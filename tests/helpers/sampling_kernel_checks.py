@@ -13,9 +13,11 @@ from torch import Tensor
 
 from tests.helpers.sampling_cases import CPU
 from worker.sampling import SlotParams, SlotSampling
+from worker.sampling.exclusions import apply_mask_reference
 from worker.sampling.fixed_point import MASS_BITS, fixed_mass_reference
 from worker.sampling.gumbel_kernel import gumbel_argmax, gumbel_at
 from worker.sampling.local_best import best_reference, scale_logits
+from worker.sampling.mask_kernel import apply_mask_kernel
 from worker.sampling.mass_kernel import digit_sums_kernel, fixed_mass_kernel
 from worker.sampling.penalties import apply_penalties_reference
 from worker.sampling.penalty_kernel import apply_penalties_kernel
@@ -78,6 +80,23 @@ def check_penalties(vocab: int, vocab_start: int, device: torch.device) -> None:
         logits.to(device), SLOTS.to(device), POSITIONS.to(device), tables
     )
     assert torch.equal(altered.cpu(), expected)
+
+
+def check_masks(vocab: int, vocab_start: int, device: torch.device) -> None:
+    logits = make_logits(vocab)
+    logits[:2, ::5] = torch.tensor([[math.nan], [math.inf]])
+    results = []
+    for place in (CPU, device):
+        choices = make_tables(vocab, vocab_start, False, place).choices
+        random_bytes = torch.randint(
+            0, 256, choices.masks.shape, generator=torch.Generator().manual_seed(vocab)
+        )
+        choices.masks.copy_(random_bytes)
+        results.append(choices)
+    expected = apply_mask_reference(logits, SLOTS, results[0])
+    assert 0 < int((expected == -math.inf).sum()) < expected.numel()
+    masked = apply_mask_kernel(logits.to(device), SLOTS.to(device), results[1].masks)
+    assert torch.equal(masked.cpu().view(torch.int32), expected.view(torch.int32))
 
 
 def check_best(
@@ -160,6 +179,7 @@ def check_all(device: torch.device) -> None:
     # A shard from 0, one whose first id begins no group of four, one smaller than a block.
     for vocab, vocab_start in ((4200, 0), (701, 1346), (64, 640)):
         check_penalties(vocab, vocab_start, device)
+        check_masks(vocab, vocab_start, device)
         check_masses(vocab, device)
         for all_greedy in (False, True):
             check_best(vocab, vocab_start, all_greedy, False, device)

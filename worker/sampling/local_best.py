@@ -45,7 +45,7 @@ def best_reference(
     record.token_id.copy_(column[:, 0] + vocab_start)
     record.raw.copy_(raw.gather(1, column)[:, 0])
     if with_stats:
-        raw_max, raw_sum = _softmax_stats(raw)
+        raw_max, raw_sum = softmax_stats(raw)
         record.raw_max.copy_(raw_max)
         record.raw_sum.copy_(raw_sum)
     return record
@@ -62,7 +62,7 @@ def _perturb(scaled: Tensor, rows: RowParams, positions: Tensor, vocab_start: in
     return scaled.index_add(0, sampled, noise)
 
 
-def _softmax_stats(raw: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_stats(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum and sum of exp(raw - maximum) of each row; the sum is 0 where all are -inf."""
     raw_max = raw.amax(dim=1)
     shift = torch.where(raw_max == -math.inf, 0.0, raw_max)
@@ -108,6 +108,11 @@ def winning_rank(best: BestRecord) -> Tensor:
 
 def log_normalizer(best: BestRecord) -> Tensor:
     """float32 [N]: log of the sum of exp(raw) over the full vocabulary, from gathered records."""
-    overall = best.raw_max.amax(dim=0)
-    shift = torch.where(best.raw_max == -math.inf, -math.inf, best.raw_max - overall)
-    return overall + (best.raw_sum * shift.exp()).sum(dim=0).log()
+    return log_sum_exp(best.raw_max, best.raw_sum)
+
+
+def log_sum_exp(raw_max: Tensor, raw_sum: Tensor) -> Tensor:
+    """float32 [N] from the `softmax_stats` of all shards, [world_size, N] each."""
+    overall = raw_max.amax(dim=0)
+    shift = torch.where(raw_max == -math.inf, -math.inf, raw_max - overall)
+    return overall + (raw_sum * shift.exp()).sum(dim=0).log()

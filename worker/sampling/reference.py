@@ -47,10 +47,12 @@ def sample_reference(
     position: int,
     prompt_ids: Sequence[int] = (),
     output_ids: Sequence[int] = (),
+    allowed_ids: Sequence[int] | None = None,
 ) -> ReferenceSample:
-    """Sample one token from one row of `logits` float32 [vocab_size]."""
+    """Sample one token from one row of `logits` float32 [vocab_size]; None allows all ids."""
     raw_logprobs = torch.log_softmax(logits.double(), dim=0)
-    altered = _penalise(logits, params, position, prompt_ids, output_ids)
+    restricted = _restrict(logits, params, output_ids, allowed_ids)
+    altered = _penalise(restricted, params, position, prompt_ids, output_ids)
     if not math.isfinite(altered.max().item()):
         nothing = torch.zeros_like(raw_logprobs)
         return ReferenceSample(0, False, nothing, raw_logprobs)
@@ -67,6 +69,25 @@ def sample_reference(
     token_id = int(torch.where(kept, scaled + noise, -math.inf).argmax())
     probs = torch.softmax(torch.where(kept, scaled.double(), -math.inf), dim=0)
     return ReferenceSample(token_id, True, probs, raw_logprobs)
+
+
+def _restrict(
+    logits: Tensor,
+    params: SlotParams,
+    output_ids: Sequence[int],
+    allowed_ids: Sequence[int] | None,
+) -> Tensor:
+    altered = logits.clone()
+    for token_id, value in params.logit_bias:
+        altered[token_id] += value
+    for word in params.bad_words:
+        if list(word[:-1]) == list(output_ids)[len(output_ids) - len(word) + 1 :]:
+            altered[word[-1]] = -math.inf
+    if allowed_ids is not None:
+        mask = torch.full_like(altered, -math.inf)
+        mask[list(allowed_ids)] = 0.0
+        altered += mask
+    return altered
 
 
 def _penalise(

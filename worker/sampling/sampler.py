@@ -1,8 +1,8 @@
 """Choose the next token of every row from logits that are sharded over the vocabulary.
 
-The order is masks -> penalties -> temperature -> min_p -> top_k -> top_p, renormalised after
-each, ties at a threshold kept. Every rank computes the winner from the same gathered bytes, so
-ranks cannot disagree; a row's token depends neither on the variant nor on its neighbours.
+The order is bias and masks -> penalties -> temperature -> min_p -> top_k -> top_p, renormalised
+after each, ties at a threshold kept. Every rank computes the winner from the same gathered bytes,
+so ranks cannot disagree; a row's token depends neither on the variant nor on its neighbours.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from tpcomm.communicator import Communicator
 from worker.sampling import candidates, threshold
 from worker.sampling.alternatives import local_alternatives, merge_alternatives
+from worker.sampling.exclusions import restrict
 from worker.sampling.local_best import local_best, log_normalizer, scale_logits, winning_rank
 from worker.sampling.penalties import apply_penalties
 from worker.sampling.record import BestRecord, Bounds
@@ -86,6 +87,9 @@ def sample(
     all_greedy: bool = False,
     with_top_k: bool = True,
     with_top_p: bool = True,
+    with_bias: bool = False,
+    with_bad_words: bool = False,
+    with_mask: bool = False,
 ) -> SampleOutput:
     """Sample one token for each of N rows. Collective; nothing waits for the device.
 
@@ -97,8 +101,11 @@ def sample(
     """
     assert vocab_start == tables.vocab_start, (vocab_start, tables.vocab_start)
     assert logits.dtype == torch.float32 and logits.shape[1] == tables.counts.shape[1]
+    altered = restrict(logits, slots, tables.choices, with_bias, with_bad_words, with_mask)
+    if with_penalties:
+        altered = apply_penalties(altered, slots, positions, tables)
     step = _Step(
-        logits=apply_penalties(logits, slots, positions, tables) if with_penalties else logits,
+        logits=altered,
         raw=logits,
         slots=slots,
         positions=positions,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from worker.sampling.choice_tables import ChoiceTables
 from worker.sampling_params import MAX_STOP_IDS, MIN_TEMPERATURE, SlotParams
 
 # A row is 30 words of 32 bits, so that one copy uploads all parameters of a slot and one
@@ -120,7 +121,8 @@ class SlotSampling:
 
     `packed` int32 [num_slots, ROW_WORDS] holds the parameters, `counts` int32
     [num_slots, padded_vocab] the tokens of this rank's vocabulary shard that occur in each
-    sequence, kept for `counted_slots` (host) alone. Memory is taken once; the addresses are
+    sequence, kept for `counted_slots` (host) alone; `choices` what else decides which ids may be
+    chosen. Memory is taken once; the addresses are
     stable under CUDA graphs. One thread issues all calls, and every method but `set_rows` is safe
     to capture.
     """
@@ -135,6 +137,7 @@ class SlotSampling:
         self.packed = pack_rows([SlotParams()] * num_slots).to(device)
         self.counts = torch.zeros(num_slots, padded_vocab, dtype=torch.int32, device=device)
         self.counted_slots: set[int] = set()
+        self.choices = ChoiceTables(num_slots, padded_vocab, vocab_start, device)
 
     @property
     def all_rows(self) -> RowParams:
@@ -161,6 +164,7 @@ class SlotSampling:
         device = self.packed.device
         slot_index = torch.tensor(list(slots), dtype=torch.int64).to(device)
         self.packed.index_copy_(0, slot_index, pack_rows(params).to(device))
+        self.choices.set_rows(slots, params)
         # A row of counts is touched only when a penalty reads it: on CPU the others stay
         # untouched zero pages.
         counted = [slot for slot, row in zip(slots, params, strict=True) if row.counts_tokens]

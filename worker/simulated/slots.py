@@ -32,6 +32,7 @@ class SimulatedSlots:
         self._stops_from = np.zeros(num_slots, np.int64)  # first position that may hold a stop id
         self._stop_ids = np.full((num_slots, MAX_STOP_IDS), -1, np.int32)
         self._num_logprobs = np.full(num_slots, -1, np.int32)
+        self._allowed: dict[int, Int32Array] = {}  # ids, by constrained slot that has had a mask
 
     def write(self, applied: AppliedDelta) -> None:
         """Writes a command's changes."""
@@ -39,6 +40,9 @@ class SimulatedSlots:
             self._open(seq)
         for slot, limit in applied.limits:
             self._limit[slot] = limit
+        for slot, bits in applied.masks:
+            is_allowed = np.unpackbits(bits, bitorder="little")
+            self._allowed[slot] = np.flatnonzero(is_allowed).astype(np.int32)
 
     def step(self, row_slots: Int32Array, chunks: list[Chunk]) -> worker_pb2.StepResult:
         """Tokens of one step over the rows and the final ones of `chunks`; numbers are unset."""
@@ -58,6 +62,7 @@ class SimulatedSlots:
             self._stop_ids[slots],
             positions >= self._stops_from[slots],
         )
+        self._heed_masks(slots, positions, tokens, stops)
         stops &= emits
         self._last_token[slots] = np.where(emits, tokens, self._last_token[slots])
         self._position[slots] += emits
@@ -67,12 +72,40 @@ class SimulatedSlots:
             token_ids=tokens.tobytes(), flags=(stops * np.uint8(_FLAG_STOP)).tobytes()
         )
         self._add_logprobs(result, slots, tokens)
+        self._score_prompts(result, chunks)
         return result
+
+    def _score_prompts(self, result: worker_pb2.StepResult, chunks: list[Chunk]) -> None:
+        targets = [chunk.targets for chunk in chunks if chunk.targets is not None]
+        if targets:
+            scores = alternatives(np.concatenate(targets), self._vocab_size)
+            result.prompt_logprobs = scores[0].tobytes()
+            result.prompt_top_token_ids = scores[1].tobytes()
+            result.prompt_top_logprobs = scores[2].tobytes()
+
+    def _heed_masks(
+        self,
+        slots: Int32Array,
+        positions: Int32Array,
+        tokens: Int32Array,
+        stops: npt.NDArray[np.bool_],
+    ) -> None:
+        """Chooses again, of what they allow, for constrained slots; a stop id as well as any."""
+        if not self._allowed:
+            return
+        for index, slot in enumerate(slots.tolist()):
+            allowed = self._allowed.get(slot)
+            if allowed is None or not len(allowed):
+                continue
+            key = mix(mix(self._seeds[slot : slot + 1]) ^ np.uint64(positions[index]))[0]
+            tokens[index] = allowed[int(key) % len(allowed)]
+            stops[index] = tokens[index] in self._stop_ids[slot]
 
     def _open(self, seq: Sequence) -> None:
         params, slot = seq.params, seq.slot
         # The seed of greedy requests means nothing, as in a model.
         own = np.array([0 if params.is_greedy else params.seed], np.uint64)
+        self._allowed.pop(slot, None)
         self._seeds[slot] = mix(mix(self._seed) ^ own)[0]
         self._is_stopped[slot] = False
         self._stops_from[slot] = params.prompt_len + params.min_tokens

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.lockstep.v1 import generate_pb2 as protos_dot_lockstep_dot_v1_dot_generate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/lockstep/v1/engine.proto\x12\x0blockstep.v1\x1a!protos/lockstep/v1/generate.proto\"\x94\x02\n\x0f\x46rontendMessage\x12%\n\x06submit\x18\x01 \x01(\x0b\x32\x13.lockstep.v1.SubmitH\x00\x12\'\n\x07release\x18\x02 \x01(\x0b\x32\x14.lockstep.v1.ReleaseH\x00\x12)\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x18.lockstep.v1.AbortByNameH\x00\x12)\n\x08rejected\x18\x04 \x01(\x0b\x32\x15.lockstep.v1.RejectedH\x00\x12+\n\tlistening\x18\x05 \x01(\x0b\x32\x16.lockstep.v1.ListeningH\x00\x12#\n\x05\x61live\x18\x06 \x01(\x0b\x32\x12.lockstep.v1.AliveH\x00\x42\t\n\x07message\"\x96\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x03\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x01(\x0c\x12\x19\n\x11resume_output_ids\x18\x04 \x01(\x0c\x12\x34\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x1b.lockstep.v1.SamplingParams\x12\x10\n\x08stop_ids\x18\x06 \x01(\x0c\x12\x14\n\x0c\x61rrival_time\x18\x07 \x01(\x01\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x18\n\x10use_prefix_cache\x18\n \x01(\x08\x12\x10\n\x08\x64\x65\x61\x64line\x18\x0b \x01(\x01\x12\r\n\x05group\x18\x0c \x01(\x03\"E\n\x07Release\x12\x0e\n\x06handle\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x1a\n\x12output_token_count\x18\x03 \x01(\x05\"0\n\x0b\x41\x62ortByName\x12\r\n\x05query\x18\x01 \x01(\x03\x12\x12\n\nrequest_id\x18\x02 \x01(\t\")\n\x08Rejected\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x05\"\x19\n\tListening\x12\x0c\n\x04port\x18\x01 \x01(\x05\"\x1d\n\x05\x41live\x12\x14\n\x0cstream_count\x18\x01 \x01(\x05\"\xeb\x01\n\rEngineMessage\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x17.lockstep.v1.GroupStateH\x00\x12\'\n\x07outputs\x18\x02 \x01(\x0b\x32\x14.lockstep.v1.OutputsH\x00\x12#\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x12.lockstep.v1.EndedH\x00\x12\x32\n\rabort_outcome\x18\x04 \x01(\x0b\x32\x19.lockstep.v1.AbortOutcomeH\x00\x12#\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x12.lockstep.v1.DrainH\x00\x42\t\n\x07message\"\x8c\x01\n\nGroupState\x12\x10\n\x08is_ready\x18\x01 \x01(\x08\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\x32\n\x06server\x18\x03 \x01(\x0b\x32\".lockstep.v1.GetServerInfoResponse\x12\x15\n\rmax_model_len\x18\x04 \x01(\x05\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\"q\n\x07Outputs\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x14\n\x0ctoken_counts\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.lockstep.v1.TokenLogprobs\"\xd4\x01\n\x05\x45nded\x12\x0e\n\x06handle\x18\x01 \x01(\x03\x12\x30\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x19.lockstep.v1.FinishReason\x12\x15\n\rstop_token_id\x18\x03 \x01(\x05\x12\x13\n\x0bstatus_code\x18\x04 \x01(\x05\x12\x16\n\x0estatus_message\x18\x05 \x01(\t\x12\x1b\n\x13retry_after_seconds\x18\x06 \x01(\x01\x12(\n\x05times\x18\x07 \x01(\x0b\x32\x19.lockstep.v1.RequestTimes\"\xc3\x01\n\x0cRequestTimes\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x03 \x01(\x01\x12\x12\n\ncomm_share\x18\x04 \x01(\x01\x12\x12\n\nstep_count\x18\x05 \x01(\x05\x12\x18\n\x10preemption_count\x18\x06 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x07 \x01(\x05\x12\r\n\x05\x65poch\x18\x08 \x01(\x03\"1\n\x0c\x41\x62ortOutcome\x12\r\n\x05query\x18\x01 \x01(\x03\x12\x12\n\nwas_active\x18\x02 \x01(\x08\"\x1f\n\x05\x44rain\x12\x16\n\x0e\x62udget_seconds\x18\x01 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/lockstep/v1/engine.proto\x12\x0blockstep.v1\x1a!protos/lockstep/v1/generate.proto\"\x94\x02\n\x0f\x46rontendMessage\x12%\n\x06submit\x18\x01 \x01(\x0b\x32\x13.lockstep.v1.SubmitH\x00\x12\'\n\x07release\x18\x02 \x01(\x0b\x32\x14.lockstep.v1.ReleaseH\x00\x12)\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x18.lockstep.v1.AbortByNameH\x00\x12)\n\x08rejected\x18\x04 \x01(\x0b\x32\x15.lockstep.v1.RejectedH\x00\x12+\n\tlistening\x18\x05 \x01(\x0b\x32\x16.lockstep.v1.ListeningH\x00\x12#\n\x05\x61live\x18\x06 \x01(\x0b\x32\x12.lockstep.v1.AliveH\x00\x42\t\n\x07message\"\xa9\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x03\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x01(\x0c\x12\x19\n\x11resume_output_ids\x18\x04 \x01(\x0c\x12\x34\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x1b.lockstep.v1.SamplingParams\x12\x10\n\x08stop_ids\x18\x06 \x01(\x0c\x12\x14\n\x0c\x61rrival_time\x18\x07 \x01(\x01\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x18\n\x10use_prefix_cache\x18\n \x01(\x08\x12\x10\n\x08\x64\x65\x61\x64line\x18\x0b \x01(\x01\x12\r\n\x05group\x18\x0c \x01(\x03\x12\x11\n\tbad_words\x18\r \x03(\x0c\"E\n\x07Release\x12\x0e\n\x06handle\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x1a\n\x12output_token_count\x18\x03 \x01(\x05\"0\n\x0b\x41\x62ortByName\x12\r\n\x05query\x18\x01 \x01(\x03\x12\x12\n\nrequest_id\x18\x02 \x01(\t\")\n\x08Rejected\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x05\"\x19\n\tListening\x12\x0c\n\x04port\x18\x01 \x01(\x05\"\x1d\n\x05\x41live\x12\x14\n\x0cstream_count\x18\x01 \x01(\x05\"\xeb\x01\n\rEngineMessage\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x17.lockstep.v1.GroupStateH\x00\x12\'\n\x07outputs\x18\x02 \x01(\x0b\x32\x14.lockstep.v1.OutputsH\x00\x12#\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x12.lockstep.v1.EndedH\x00\x12\x32\n\rabort_outcome\x18\x04 \x01(\x0b\x32\x19.lockstep.v1.AbortOutcomeH\x00\x12#\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x12.lockstep.v1.DrainH\x00\x42\t\n\x07message\"\x8c\x01\n\nGroupState\x12\x10\n\x08is_ready\x18\x01 \x01(\x08\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\x32\n\x06server\x18\x03 \x01(\x0b\x32\".lockstep.v1.GetServerInfoResponse\x12\x15\n\rmax_model_len\x18\x04 \x01(\x05\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\"\xa2\x01\n\x07Outputs\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x14\n\x0ctoken_counts\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.lockstep.v1.TokenLogprobs\x12/\n\rprompt_pieces\x18\x05 \x03(\x0b\x32\x18.lockstep.v1.PromptPiece\"\x87\x01\n\x0bPromptPiece\x12\x0e\n\x06handle\x18\x01 \x01(\x03\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x10\n\x08logprobs\x18\x04 \x01(\x0c\x12\x15\n\rtop_token_ids\x18\x05 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x06 \x01(\x0c\"\xd4\x01\n\x05\x45nded\x12\x0e\n\x06handle\x18\x01 \x01(\x03\x12\x30\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x19.lockstep.v1.FinishReason\x12\x15\n\rstop_token_id\x18\x03 \x01(\x05\x12\x13\n\x0bstatus_code\x18\x04 \x01(\x05\x12\x16\n\x0estatus_message\x18\x05 \x01(\t\x12\x1b\n\x13retry_after_seconds\x18\x06 \x01(\x01\x12(\n\x05times\x18\x07 \x01(\x0b\x32\x19.lockstep.v1.RequestTimes\"\xc3\x01\n\x0cRequestTimes\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x03 \x01(\x01\x12\x12\n\ncomm_share\x18\x04 \x01(\x01\x12\x12\n\nstep_count\x18\x05 \x01(\x05\x12\x18\n\x10preemption_count\x18\x06 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x07 \x01(\x05\x12\r\n\x05\x65poch\x18\x08 \x01(\x03\"1\n\x0c\x41\x62ortOutcome\x12\r\n\x05query\x18\x01 \x01(\x03\x12\x12\n\nwas_active\x18\x02 \x01(\x08\"\x1f\n\x05\x44rain\x12\x16\n\x0e\x62udget_seconds\x18\x01 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,29 +35,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FRONTENDMESSAGE']._serialized_start=84
   _globals['_FRONTENDMESSAGE']._serialized_end=360
   _globals['_SUBMIT']._serialized_start=363
-  _globals['_SUBMIT']._serialized_end=641
-  _globals['_RELEASE']._serialized_start=643
-  _globals['_RELEASE']._serialized_end=712
-  _globals['_ABORTBYNAME']._serialized_start=714
-  _globals['_ABORTBYNAME']._serialized_end=762
-  _globals['_REJECTED']._serialized_start=764
-  _globals['_REJECTED']._serialized_end=805
-  _globals['_LISTENING']._serialized_start=807
-  _globals['_LISTENING']._serialized_end=832
-  _globals['_ALIVE']._serialized_start=834
-  _globals['_ALIVE']._serialized_end=863
-  _globals['_ENGINEMESSAGE']._serialized_start=866
-  _globals['_ENGINEMESSAGE']._serialized_end=1101
-  _globals['_GROUPSTATE']._serialized_start=1104
-  _globals['_GROUPSTATE']._serialized_end=1244
-  _globals['_OUTPUTS']._serialized_start=1246
-  _globals['_OUTPUTS']._serialized_end=1359
-  _globals['_ENDED']._serialized_start=1362
-  _globals['_ENDED']._serialized_end=1574
-  _globals['_REQUESTTIMES']._serialized_start=1577
-  _globals['_REQUESTTIMES']._serialized_end=1772
-  _globals['_ABORTOUTCOME']._serialized_start=1774
-  _globals['_ABORTOUTCOME']._serialized_end=1823
-  _globals['_DRAIN']._serialized_start=1825
-  _globals['_DRAIN']._serialized_end=1856
+  _globals['_SUBMIT']._serialized_end=660
+  _globals['_RELEASE']._serialized_start=662
+  _globals['_RELEASE']._serialized_end=731
+  _globals['_ABORTBYNAME']._serialized_start=733
+  _globals['_ABORTBYNAME']._serialized_end=781
+  _globals['_REJECTED']._serialized_start=783
+  _globals['_REJECTED']._serialized_end=824
+  _globals['_LISTENING']._serialized_start=826
+  _globals['_LISTENING']._serialized_end=851
+  _globals['_ALIVE']._serialized_start=853
+  _globals['_ALIVE']._serialized_end=882
+  _globals['_ENGINEMESSAGE']._serialized_start=885
+  _globals['_ENGINEMESSAGE']._serialized_end=1120
+  _globals['_GROUPSTATE']._serialized_start=1123
+  _globals['_GROUPSTATE']._serialized_end=1263
+  _globals['_OUTPUTS']._serialized_start=1266
+  _globals['_OUTPUTS']._serialized_end=1428
+  _globals['_PROMPTPIECE']._serialized_start=1431
+  _globals['_PROMPTPIECE']._serialized_end=1566
+  _globals['_ENDED']._serialized_start=1569
+  _globals['_ENDED']._serialized_end=1781
+  _globals['_REQUESTTIMES']._serialized_start=1784
+  _globals['_REQUESTTIMES']._serialized_end=1979
+  _globals['_ABORTOUTCOME']._serialized_start=1981
+  _globals['_ABORTOUTCOME']._serialized_end=2030
+  _globals['_DRAIN']._serialized_start=2032
+  _globals['_DRAIN']._serialized_end=2063
 # @@protoc_insertion_point(module_scope)

@@ -24,7 +24,7 @@ class FrontendMessage(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., abort: _Optional[_Union[AbortByName, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., listening: _Optional[_Union[Listening, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "prompt_ids", "resume_output_ids", "sampling_params", "stop_ids", "arrival_time", "priority", "tenant", "use_prefix_cache", "deadline", "group")
+    __slots__ = ("handle", "request_id", "prompt_ids", "resume_output_ids", "sampling_params", "stop_ids", "arrival_time", "priority", "tenant", "use_prefix_cache", "deadline", "group", "bad_words")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class Submit(_message.Message):
     USE_PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     prompt_ids: bytes
@@ -49,7 +50,8 @@ class Submit(_message.Message):
     use_prefix_cache: bool
     deadline: float
     group: int
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_ids: _Optional[bytes] = ..., resume_output_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_generate_pb2.SamplingParams, _Mapping]] = ..., stop_ids: _Optional[bytes] = ..., arrival_time: _Optional[float] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., use_prefix_cache: bool = ..., deadline: _Optional[float] = ..., group: _Optional[int] = ...) -> None: ...
+    bad_words: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_ids: _Optional[bytes] = ..., resume_output_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_generate_pb2.SamplingParams, _Mapping]] = ..., stop_ids: _Optional[bytes] = ..., arrival_time: _Optional[float] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., use_prefix_cache: bool = ..., deadline: _Optional[float] = ..., group: _Optional[int] = ..., bad_words: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("handle", "reason", "output_token_count")
@@ -118,16 +120,34 @@ class GroupState(_message.Message):
     def __init__(self, is_ready: bool = ..., cause: _Optional[str] = ..., server: _Optional[_Union[_generate_pb2.GetServerInfoResponse, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class Outputs(_message.Message):
-    __slots__ = ("handles", "token_counts", "token_ids", "logprobs")
+    __slots__ = ("handles", "token_counts", "token_ids", "logprobs", "prompt_pieces")
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_PIECES_FIELD_NUMBER: _ClassVar[int]
     handles: bytes
     token_counts: bytes
     token_ids: bytes
     logprobs: _containers.RepeatedCompositeFieldContainer[_generate_pb2.TokenLogprobs]
-    def __init__(self, handles: _Optional[bytes] = ..., token_counts: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_generate_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    prompt_pieces: _containers.RepeatedCompositeFieldContainer[PromptPiece]
+    def __init__(self, handles: _Optional[bytes] = ..., token_counts: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_generate_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_pieces: _Optional[_Iterable[_Union[PromptPiece, _Mapping]]] = ...) -> None: ...
+
+class PromptPiece(_message.Message):
+    __slots__ = ("handle", "first_position", "token_ids", "logprobs", "top_token_ids", "top_logprobs")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    first_position: int
+    token_ids: bytes
+    logprobs: bytes
+    top_token_ids: bytes
+    top_logprobs: bytes
+    def __init__(self, handle: _Optional[int] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ...) -> None: ...
 
 class Ended(_message.Message):
     __slots__ = ("handle", "finish_reason", "stop_token_id", "status_code", "status_message", "retry_after_seconds", "times")

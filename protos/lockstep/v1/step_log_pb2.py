@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.lockstep.v1 import worker_pb2 as protos_dot_lockstep_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/lockstep/v1/step_log.proto\x12\x0blockstep.v1\x1a\x1fprotos/lockstep/v1/worker.proto\"\xa7\x02\n\rStepLogRecord\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.lockstep.v1.StepLogHeaderH\x00\x12\x30\n\x08snapshot\x18\x02 \x01(\x0b\x32\x1c.lockstep.v1.StepLogSnapshotH\x00\x12.\n\x07\x63ommand\x18\x03 \x01(\x0b\x32\x1b.lockstep.v1.StepLogCommandH\x00\x12,\n\x06report\x18\x04 \x01(\x0b\x32\x1a.lockstep.v1.StepLogReportH\x00\x12&\n\x03gap\x18\x05 \x01(\x0b\x32\x17.lockstep.v1.StepLogGapH\x00\x12&\n\x03\x65nd\x18\x06 \x01(\x0b\x32\x17.lockstep.v1.StepLogEndH\x00\x42\x08\n\x06record\"\xe8\x01\n\rStepLogHeader\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\x05\x12\x17\n\x0fpackage_version\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12)\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x19.lockstep.v1.EngineConfig\x12\x12\n\nworld_size\x18\x05 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\x06 \x01(\x05\x12\r\n\x05\x65poch\x18\x07 \x01(\x03\x12\x13\n\x0bunix_micros\x18\x08 \x01(\x03\x12\x18\n\x10monotonic_micros\x18\t \x01(\x03\"o\n\x0fStepLogSnapshot\x12\x12\n\ncommand_id\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\'\n\x05slots\x18\x03 \x03(\x0b\x32\x18.lockstep.v1.StepLogSlot\x12\x11\n\trow_slots\x18\x04 \x01(\x0c\"^\n\x0bStepLogSlot\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x15.lockstep.v1.SlotOpen\x12\x17\n\x0fprefilled_count\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\";\n\x0eStepLogCommand\x12\x18\n\x10monotonic_micros\x18\x01 \x01(\x03\x12\x0f\n\x07request\x18\x02 \x01(\x0c\"g\n\rStepLogReport\x12\x18\n\x10monotonic_micros\x18\x01 \x01(\x03\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12.\n\x08response\x18\x03 \x01(\x0b\x32\x1c.lockstep.v1.ExecuteResponse\"7\n\nStepLogGap\x12\x15\n\rdropped_count\x18\x01 \x01(\x03\x12\x12\n\ncommand_id\x18\x02 \x01(\x03\"5\n\nStepLogEnd\x12\r\n\x05\x63\x61use\x18\x01 \x01(\t\x12\x18\n\x10monotonic_micros\x18\x02 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/lockstep/v1/step_log.proto\x12\x0blockstep.v1\x1a\x1fprotos/lockstep/v1/worker.proto\"\xa7\x02\n\rStepLogRecord\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.lockstep.v1.StepLogHeaderH\x00\x12\x30\n\x08snapshot\x18\x02 \x01(\x0b\x32\x1c.lockstep.v1.StepLogSnapshotH\x00\x12.\n\x07\x63ommand\x18\x03 \x01(\x0b\x32\x1b.lockstep.v1.StepLogCommandH\x00\x12,\n\x06report\x18\x04 \x01(\x0b\x32\x1a.lockstep.v1.StepLogReportH\x00\x12&\n\x03gap\x18\x05 \x01(\x0b\x32\x17.lockstep.v1.StepLogGapH\x00\x12&\n\x03\x65nd\x18\x06 \x01(\x0b\x32\x17.lockstep.v1.StepLogEndH\x00\x42\x08\n\x06record\"\xe8\x01\n\rStepLogHeader\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\x05\x12\x17\n\x0fpackage_version\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12)\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x19.lockstep.v1.EngineConfig\x12\x12\n\nworld_size\x18\x05 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\x06 \x01(\x05\x12\r\n\x05\x65poch\x18\x07 \x01(\x03\x12\x13\n\x0bunix_micros\x18\x08 \x01(\x03\x12\x18\n\x10monotonic_micros\x18\t \x01(\x03\"o\n\x0fStepLogSnapshot\x12\x12\n\ncommand_id\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\'\n\x05slots\x18\x03 \x03(\x0b\x32\x18.lockstep.v1.StepLogSlot\x12\x11\n\trow_slots\x18\x04 \x01(\x0c\"\x83\x01\n\x0bStepLogSlot\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x15.lockstep.v1.SlotOpen\x12\x17\n\x0fprefilled_count\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12#\n\x04mask\x18\x04 \x01(\x0b\x32\x15.lockstep.v1.SlotMask\";\n\x0eStepLogCommand\x12\x18\n\x10monotonic_micros\x18\x01 \x01(\x03\x12\x0f\n\x07request\x18\x02 \x01(\x0c\"g\n\rStepLogReport\x12\x18\n\x10monotonic_micros\x18\x01 \x01(\x03\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12.\n\x08response\x18\x03 \x01(\x0b\x32\x1c.lockstep.v1.ExecuteResponse\"7\n\nStepLogGap\x12\x15\n\rdropped_count\x18\x01 \x01(\x03\x12\x12\n\ncommand_id\x18\x02 \x01(\x03\"5\n\nStepLogEnd\x12\r\n\x05\x63\x61use\x18\x01 \x01(\t\x12\x18\n\x10monotonic_micros\x18\x02 \x01(\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,14 +38,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPLOGHEADER']._serialized_end=614
   _globals['_STEPLOGSNAPSHOT']._serialized_start=616
   _globals['_STEPLOGSNAPSHOT']._serialized_end=727
-  _globals['_STEPLOGSLOT']._serialized_start=729
-  _globals['_STEPLOGSLOT']._serialized_end=823
-  _globals['_STEPLOGCOMMAND']._serialized_start=825
-  _globals['_STEPLOGCOMMAND']._serialized_end=884
-  _globals['_STEPLOGREPORT']._serialized_start=886
-  _globals['_STEPLOGREPORT']._serialized_end=989
-  _globals['_STEPLOGGAP']._serialized_start=991
-  _globals['_STEPLOGGAP']._serialized_end=1046
-  _globals['_STEPLOGEND']._serialized_start=1048
-  _globals['_STEPLOGEND']._serialized_end=1101
+  _globals['_STEPLOGSLOT']._serialized_start=730
+  _globals['_STEPLOGSLOT']._serialized_end=861
+  _globals['_STEPLOGCOMMAND']._serialized_start=863
+  _globals['_STEPLOGCOMMAND']._serialized_end=922
+  _globals['_STEPLOGREPORT']._serialized_start=924
+  _globals['_STEPLOGREPORT']._serialized_end=1027
+  _globals['_STEPLOGGAP']._serialized_start=1029
+  _globals['_STEPLOGGAP']._serialized_end=1084
+  _globals['_STEPLOGEND']._serialized_start=1086
+  _globals['_STEPLOGEND']._serialized_end=1139
 # @@protoc_insertion_point(module_scope)

@@ -58,14 +58,16 @@ class StepLogSnapshot(_message.Message):
     def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[StepLogSlot, _Mapping]]] = ..., row_slots: _Optional[bytes] = ...) -> None: ...
 
 class StepLogSlot(_message.Message):
-    __slots__ = ("open", "prefilled_count", "token_ids")
+    __slots__ = ("open", "prefilled_count", "token_ids", "mask")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     PREFILLED_COUNT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
     open: _worker_pb2.SlotOpen
     prefilled_count: int
     token_ids: bytes
-    def __init__(self, open: _Optional[_Union[_worker_pb2.SlotOpen, _Mapping]] = ..., prefilled_count: _Optional[int] = ..., token_ids: _Optional[bytes] = ...) -> None: ...
+    mask: _worker_pb2.SlotMask
+    def __init__(self, open: _Optional[_Union[_worker_pb2.SlotOpen, _Mapping]] = ..., prefilled_count: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., mask: _Optional[_Union[_worker_pb2.SlotMask, _Mapping]] = ...) -> None: ...
 
 class StepLogCommand(_message.Message):
     __slots__ = ("monotonic_micros", "request")

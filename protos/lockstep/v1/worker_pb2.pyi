@@ -232,7 +232,7 @@ class StepCommand(_message.Message):
     def __init__(self, command_id: _Optional[int] = ..., epoch: _Optional[int] = ..., first_step: _Optional[int] = ..., step_count: _Optional[int] = ..., delta: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., table_digest: _Optional[bytes] = ...) -> None: ...
 
 class TableDelta(_message.Message):
-    __slots__ = ("closed_slots", "opened_slots", "block_appends", "limits", "row_changes", "row_count", "chunks", "chunk_token_ids")
+    __slots__ = ("closed_slots", "opened_slots", "block_appends", "limits", "row_changes", "row_count", "chunks", "chunk_token_ids", "masks", "prompt_targets")
     CLOSED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     OPENED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_APPENDS_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +241,8 @@ class TableDelta(_message.Message):
     ROW_COUNT_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MASKS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TARGETS_FIELD_NUMBER: _ClassVar[int]
     closed_slots: bytes
     opened_slots: _containers.RepeatedCompositeFieldContainer[SlotOpen]
     block_appends: bytes
@@ -249,10 +251,22 @@ class TableDelta(_message.Message):
     row_count: int
     chunks: bytes
     chunk_token_ids: bytes
-    def __init__(self, closed_slots: _Optional[bytes] = ..., opened_slots: _Optional[_Iterable[_Union[SlotOpen, _Mapping]]] = ..., block_appends: _Optional[bytes] = ..., limits: _Optional[bytes] = ..., row_changes: _Optional[bytes] = ..., row_count: _Optional[int] = ..., chunks: _Optional[bytes] = ..., chunk_token_ids: _Optional[bytes] = ...) -> None: ...
+    masks: _containers.RepeatedCompositeFieldContainer[SlotMask]
+    prompt_targets: bytes
+    def __init__(self, closed_slots: _Optional[bytes] = ..., opened_slots: _Optional[_Iterable[_Union[SlotOpen, _Mapping]]] = ..., block_appends: _Optional[bytes] = ..., limits: _Optional[bytes] = ..., row_changes: _Optional[bytes] = ..., row_count: _Optional[int] = ..., chunks: _Optional[bytes] = ..., chunk_token_ids: _Optional[bytes] = ..., masks: _Optional[_Iterable[_Union[SlotMask, _Mapping]]] = ..., prompt_targets: _Optional[bytes] = ...) -> None: ...
+
+class SlotMask(_message.Message):
+    __slots__ = ("slot", "bits", "ids")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    bits: bytes
+    ids: bytes
+    def __init__(self, slot: _Optional[int] = ..., bits: _Optional[bytes] = ..., ids: _Optional[bytes] = ...) -> None: ...
 
 class SlotOpen(_message.Message):
-    __slots__ = ("slot", "prompt_len", "prefill_len", "limit", "block_ids", "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "stop_ids", "logprob_count", "cached_len", "cached_token_ids")
+    __slots__ = ("slot", "prompt_len", "prefill_len", "limit", "block_ids", "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "stop_ids", "logprob_count", "cached_len", "cached_token_ids", "bias_ids", "bias_values", "bad_words", "recent_output_ids", "is_constrained")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
     PREFILL_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +285,11 @@ class SlotOpen(_message.Message):
     LOGPROB_COUNT_FIELD_NUMBER: _ClassVar[int]
     CACHED_LEN_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_IDS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_VALUES_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
+    IS_CONSTRAINED_FIELD_NUMBER: _ClassVar[int]
     slot: int
     prompt_len: int
     prefill_len: int
@@ -289,7 +308,12 @@ class SlotOpen(_message.Message):
     logprob_count: int
     cached_len: int
     cached_token_ids: bytes
-    def __init__(self, slot: _Optional[int] = ..., prompt_len: _Optional[int] = ..., prefill_len: _Optional[int] = ..., limit: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., min_tokens: _Optional[int] = ..., stop_ids: _Optional[bytes] = ..., logprob_count: _Optional[int] = ..., cached_len: _Optional[int] = ..., cached_token_ids: _Optional[bytes] = ...) -> None: ...
+    bias_ids: bytes
+    bias_values: bytes
+    bad_words: _containers.RepeatedScalarFieldContainer[bytes]
+    recent_output_ids: bytes
+    is_constrained: bool
+    def __init__(self, slot: _Optional[int] = ..., prompt_len: _Optional[int] = ..., prefill_len: _Optional[int] = ..., limit: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., min_tokens: _Optional[int] = ..., stop_ids: _Optional[bytes] = ..., logprob_count: _Optional[int] = ..., cached_len: _Optional[int] = ..., cached_token_ids: _Optional[bytes] = ..., bias_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., bad_words: _Optional[_Iterable[bytes]] = ..., recent_output_ids: _Optional[bytes] = ..., is_constrained: bool = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
     __slots__ = ("result", "progress", "failure")
@@ -302,7 +326,7 @@ class ExecuteResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[StepResult, _Mapping]] = ..., progress: _Optional[_Union[RankProgress, _Mapping]] = ..., failure: _Optional[_Union[RankFailure, _Mapping]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("command_id", "step", "token_ids", "flags", "logprobs", "top_token_ids", "top_logprobs", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros")
+    __slots__ = ("command_id", "step", "token_ids", "flags", "logprobs", "top_token_ids", "top_logprobs", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros", "prompt_logprobs", "prompt_top_token_ids", "prompt_top_logprobs")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -315,6 +339,9 @@ class StepResult(_message.Message):
     ARRIVAL_MICROS_FIELD_NUMBER: _ClassVar[int]
     IDLE_MICROS_FIELD_NUMBER: _ClassVar[int]
     COMM_MICROS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     step: int
     token_ids: bytes
@@ -327,7 +354,10 @@ class StepResult(_message.Message):
     arrival_micros: int
     idle_micros: int
     comm_micros: int
-    def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_micros: _Optional[int] = ..., all_reduce_count: _Optional[int] = ..., arrival_micros: _Optional[int] = ..., idle_micros: _Optional[int] = ..., comm_micros: _Optional[int] = ...) -> None: ...
+    prompt_logprobs: bytes
+    prompt_top_token_ids: bytes
+    prompt_top_logprobs: bytes
+    def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_micros: _Optional[int] = ..., all_reduce_count: _Optional[int] = ..., arrival_micros: _Optional[int] = ..., idle_micros: _Optional[int] = ..., comm_micros: _Optional[int] = ..., prompt_logprobs: _Optional[bytes] = ..., prompt_top_token_ids: _Optional[bytes] = ..., prompt_top_logprobs: _Optional[bytes] = ...) -> None: ...
 
 class RankProgress(_message.Message):
     __slots__ = ("command_id", "step", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros")

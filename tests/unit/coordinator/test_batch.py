@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from coordinator.batch import Batch
 from coordinator.errors import ProtocolBroken
 from coordinator.request import Request, RequestState
-from protos.lockstep.v1 import worker_pb2
+from protos.lockstep.v1 import generate_pb2, worker_pb2
 from tests.helpers.batch_history import Rank, apply, make_batch, make_request
 from tests.helpers.fake_worker import expected_output
 
@@ -133,6 +133,69 @@ def test_a_heartbeat_carries_what_was_closed() -> None:
     assert (beat.command_id, beat.first_step, beat.step_count) == (2, 2, 0)
     delta = worker_pb2.TableDelta.FromString(beat.delta)
     assert struct.unpack("<i", delta.closed_slots) == (1,)
+
+
+def masked(batch: Batch, request: Request, *allowed: int) -> None:
+    """The request's next mask comes."""
+    request.next_mask = worker_pb2.SlotMask(ids=struct.pack(f"<{len(allowed)}i", *allowed))
+    batch.mask_came(request)
+
+
+def constrained(order: int, max_tokens: int) -> Request:
+    constraint = generate_pb2.SamplingParams(regex="any")
+    return make_request(order, [7], max_tokens, constraint=constraint)
+
+
+def test_a_constrained_row_takes_a_token_a_mask_and_the_others_keep_their_grants() -> None:
+    batch = make_batch(num_blocks=40)
+    rank = Rank(batch)
+    free, bound = make_request(1, [5], 40), constrained(2, 4)
+    batch.enqueue(free)
+    batch.await_mask(bound)
+    assert batch.num_waiting == 2
+    run(batch, rank)
+    assert batch.num_running == 1, "without a mask it must not begin"
+    masked(batch, bound, 11)
+    run(batch, rank)  # its prompt
+    for number, token in enumerate((11, 12, 13), start=1):
+        assert bound.output_ids[-1] == token and len(bound.output_ids) == number
+        before = len(free.output_ids)
+        run(batch, rank, max_steps=4)
+        assert len(free.output_ids) == before + 4 and len(bound.output_ids) == number
+        masked(batch, bound, token + 1)
+        run(batch, rank, max_steps=4)
+        assert len(free.output_ids) == before + 8
+    assert bound.output_ids == [11, 12, 13, 14] and bound.is_finished
+
+
+def test_nothing_is_granted_while_every_row_waits_for_its_mask() -> None:
+    batch = make_batch()
+    rank = Rank(batch)
+    bound = constrained(1, 3)
+    batch.await_mask(bound)
+    assert batch.next_command() is None
+    masked(batch, bound, 11)
+    run(batch, rank)
+    assert batch.next_command(max_steps=8) is None
+    masked(batch, bound, 12)
+    run(batch, rank, max_steps=8)
+    assert batch.last_step == 2 and bound.output_ids == [11, 12]
+
+
+def test_a_request_may_end_before_its_first_mask_comes() -> None:
+    batch = make_batch()
+    bound = constrained(1, 3)
+    batch.await_mask(bound)
+    batch.finish(bound)
+    assert bound.is_finished and batch.num_waiting == 0
+
+
+def run(batch: Batch, rank: Rank, max_steps: int = 1) -> None:
+    command = batch.next_command(with_table_digest=True, max_steps=max_steps)
+    assert command is not None
+    for result in rank.run(command):
+        apply(batch, result)
+    batch.check()
 
 
 @pytest.mark.parametrize(("command_id", "step"), [(2, 2), (1, 2), (2, 1), (0, 0)])

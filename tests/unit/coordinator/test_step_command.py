@@ -2,11 +2,18 @@
 
 import hashlib
 import struct
+from dataclasses import replace
 
 import numpy as np
 
 from coordinator.request import Request, Sampling
-from coordinator.step_command import CommandEncoder, DeltaBuilder, pack_int32, unpack_int32
+from coordinator.step_command import (
+    CommandEncoder,
+    DeltaBuilder,
+    pack_int32,
+    slot_open,
+    unpack_int32,
+)
 from protos.lockstep.v1 import worker_pb2
 
 SAMPLING = Sampling(0.5, 4, 0.75, 0.25, -7, 1.5, 0.5, -0.5, 3, (8, 9), 2)
@@ -52,6 +59,20 @@ def test_a_delta_reads_back_as_it_was_meant() -> None:
     assert opening.repetition_penalty == 1.5
     assert (opening.presence_penalty, opening.frequency_penalty) == (0.5, -0.5)
     assert ints(opening.stop_ids) == [8, 9]
+
+
+def test_biases_bad_words_and_the_outputs_before_a_slot_was_opened_are_sent() -> None:
+    request = make_request(2)
+    request.sampling = replace(SAMPLING, logit_bias=((3, 0.5), (8, -2.0)), bad_words=((1,), (4, 5)))
+    request.output_ids = list(range(100, 120))
+    request.prefill_len = 5 + 18
+    opening = slot_open(request)
+    assert ints(opening.bias_ids) == [3, 8]
+    assert struct.unpack("<2f", opening.bias_values) == (0.5, -2.0)
+    assert [ints(word) for word in opening.bad_words] == [[1], [4, 5]]
+    assert ints(opening.recent_output_ids) == list(range(103, 118))
+    request.output_ids, request.prefill_len = [], 5
+    assert not slot_open(request).recent_output_ids
 
 
 def test_commands_are_numbered_and_chained_from_eight_zero_bytes() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,46 @@ def test_min_tokens_keeps_the_stop_id_from_being_chosen(
     held = opening(1, stop_ids=packed(greedy[0]), min_tokens=2)
     first = commands.run(prefill(held, PROMPT))[0][0]
     assert first[0] != greedy[0] and not first[1] & FLAG_STOP
+
+
+def test_bias_moves_the_choice_and_a_bad_word_is_kept_out_within_one_command(
+    commands: Commands, greedy: list[int]
+) -> None:
+    biased = opening(1, bias_ids=packed(99), bias_values=struct.pack("<f", 1e5))
+    assert commands.run(prefill(biased, PROMPT)) == [[(99, 0)]]
+    without = opening(2, bad_words=[packed(*greedy[1:3])])
+    commands.run(prefill(without, PROMPT))
+    outputs = [step[0] for step in commands.decode([2], steps=8)]
+    assert outputs[0] == greedy[1] and outputs[1] != greedy[2]
+    assert (greedy[1], greedy[2]) not in itertools.pairwise([greedy[0], *outputs])
+
+
+def test_constrained_row_takes_one_token_per_mask_while_its_neighbour_goes_on(
+    commands: Commands, greedy: list[int]
+) -> None:
+    limit = len(PROMPT)
+    commands.run(prefill(opening(1), PROMPT))
+    first = prefill(opening(2, limit=limit, is_constrained=True), PROMPT)
+    first.masks.add(slot=2, ids=packed(7, 9))
+    assert commands.run(first)[0][-1][0] in (7, 9)
+    assert [step[1] for step in commands.decode([1, 2], steps=2)] == [-1, -1]
+    delta = TableDelta(limits=packed(2, limit + 1), row_count=2)
+    delta.masks.add(slot=2, ids=packed(3))
+    assert commands.run(delta, steps=3) == [
+        [(greedy[3], 0), (3, 0)],
+        [(greedy[4], 0), (-1, 0)],
+        [(greedy[5], 0), (-1, 0)],
+    ]
+
+
+def test_mask_that_allows_nothing_ends_its_own_row_only(
+    commands: Commands, greedy: list[int]
+) -> None:
+    commands.run(prefill(opening(1), PROMPT))
+    nothing = prefill(opening(2, is_constrained=True), PROMPT)
+    nothing.masks.add(slot=2, ids=b"")
+    assert commands.run(nothing) == [[(-1, FLAG_NOT_FINITE)]]
+    assert commands.decode([1], steps=1) == [[greedy[1]]]
 
 
 @pytest.mark.parametrize("penalty", [{}, {"repetition_penalty": 1.3, "frequency_penalty": 0.7}])

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protos.lockstep.v1.worker_pb2 import SlotOpen, StepCommand, TableDelta
+from protos.lockstep.v1.worker_pb2 import SlotMask, SlotOpen, StepCommand, TableDelta
 from worker.errors import CommandRefused
-from worker.tables import BatchTables, CommandFence, TableLimits
+from worker.tables import AppliedDelta, BatchTables, CommandFence, TableLimits
 
 LIMITS = TableLimits(
     max_num_seqs=4,
@@ -105,6 +105,65 @@ def test_cached_prefix_starts_the_chunks_behind_it_and_counts_its_tokens() -> No
     assert tables.sequences[3].is_decoding
 
 
+def constrained(slot: int, mask: SlotMask) -> TableDelta:
+    mask.slot = slot
+    return TableDelta(opened_slots=[opening(slot, is_constrained=True)], masks=[mask], row_count=2)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [SlotMask(ids=packed(0, 9, 99)), SlotMask(bits=bytes([1, 2] + [0] * 10 + [8]))],
+    ids=["ids", "bits"],
+)
+def test_both_forms_of_a_mask_give_a_bit_per_id(mask: SlotMask) -> None:
+    [(slot, bits)] = decoding_tables().apply(constrained(3, mask)).masks
+    assert slot == 3
+    assert np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist() == [0, 9, 99]
+
+
+def test_biases_and_bad_words_reach_the_sampler() -> None:
+    values = np.array([0.5, -100.0], "<f4").tobytes()
+    opened = opening(
+        3,
+        bias_ids=packed(4, 90),
+        bias_values=values,
+        bad_words=[packed(1), packed(2, 3)],
+        recent_output_ids=packed(8, 2),
+    )
+    applied = decoding_tables().apply(TableDelta(opened_slots=[opened], row_count=2))
+    params = applied.opened[0].params
+    assert params.logit_bias == ((4, 0.5), (90, -100.0))
+    assert params.bad_words == ((1,), (2, 3)) and params.recent_ids == (8, 2)
+
+
+def test_targets_are_the_prompt_s_ids_behind_each_position_that_has_one() -> None:
+    tables = BatchTables(LIMITS)
+    delta = TableDelta(
+        opened_slots=[opening(prompt_len=5, prefill_len=7)],
+        chunks=packed(1, 0, 3),
+        chunk_token_ids=packed(10, 11, 12),
+        prompt_targets=packed(1, 13),
+    )
+    assert targets_of(tables.apply(delta)) == [11, 12, 13]
+    # The last position of the prompt predicts output, as those behind it do.
+    rest = TableDelta(chunks=packed(1, 3, 4), chunk_token_ids=packed(13, 14, 1, 2))
+    rest.prompt_targets = packed(1, -1)
+    assert targets_of(tables.apply(rest)) == [14]
+
+
+def targets_of(applied: AppliedDelta) -> list[int]:
+    [chunk] = applied.chunks
+    assert chunk.targets is not None
+    found: list[int] = chunk.targets.tolist()
+    return found
+
+
+def with_targets(*pairs: int) -> TableDelta:
+    delta = whole_prompt(3)
+    delta.prompt_targets = packed(*pairs)
+    return delta
+
+
 REFUSED: dict[str, Callable[[], TableDelta]] = {
     "slot 0 is not in 1..4": lambda: TableDelta(opened_slots=[opening(0)]),
     "slot 5 is not in 1..4": lambda: TableDelta(opened_slots=[opening(5)]),
@@ -155,6 +214,39 @@ REFUSED: dict[str, Callable[[], TableDelta]] = {
         opened_slots=[opening(3, limit=13, block_ids=packed(5, 6, 7, 8))]
     ),
     "temperature is nan": lambda: TableDelta(opened_slots=[opening(3, temperature=float("nan"))]),
+    "a mask names no ids": lambda: constrained(3, SlotMask()),
+    "a mask's id is not in 0..99": lambda: constrained(3, SlotMask(ids=packed(100))),
+    "a mask of 12 bytes is not one of 100 bits": lambda: constrained(3, SlotMask(bits=bytes(12))),
+    "a mask of 13 bytes is not": lambda: constrained(3, SlotMask(bits=bytes(12) + b"\x10")),
+    "slot 1 is not constrained": lambda: TableDelta(masks=[SlotMask(slot=1, ids=packed(1))]),
+    "slot 4, which is not open": lambda: TableDelta(masks=[SlotMask(slot=4, ids=packed(1))]),
+    "bias_values has 4 bytes for 2 bias_ids": lambda: TableDelta(
+        opened_slots=[opening(3, bias_ids=packed(1, 2), bias_values=bytes(4))]
+    ),
+    "at most 300 ids": lambda: TableDelta(
+        opened_slots=[opening(3, bias_ids=packed(*range(301)), bias_values=bytes(4 * 301))]
+    ),
+    "of different ids": lambda: TableDelta(
+        opened_slots=[opening(3, bias_ids=packed(1, 1), bias_values=bytes(8))]
+    ),
+    "logit_bias.1. is nan": lambda: TableDelta(
+        opened_slots=[opening(3, bias_ids=packed(1), bias_values=b"\0\0\xc0\x7f")]
+    ),
+    "bad_words is 33": lambda: TableDelta(opened_slots=[opening(3, bad_words=[packed(1)] * 33)]),
+    "a bad word is \\(\\), must be 1 to 16": lambda: TableDelta(
+        opened_slots=[opening(3, bad_words=[b""])]
+    ),
+    "recent_ids is": lambda: TableDelta(
+        opened_slots=[opening(3, recent_output_ids=packed(*range(16)))]
+    ),
+    "slot 3: 7 cannot stand behind its chunk": lambda: with_targets(3, 7),
+    "slot 3: 100 cannot stand behind": lambda: TableDelta(
+        opened_slots=[opening(3)],
+        chunks=packed(3, 0, 2),
+        chunk_token_ids=packed(1, 2),
+        prompt_targets=packed(3, 100),
+    ),
+    "prompt_targets name slots \\[1\\] without": lambda: with_targets(1, 7, 3, -1),
     "still in prefill": lambda: TableDelta(
         opened_slots=[opening(3)], row_changes=packed(2, 3), row_count=3
     ),

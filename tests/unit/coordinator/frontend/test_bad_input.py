@@ -78,11 +78,38 @@ BAD = {
     ),
     "min_tokens above max": (request(max_tokens=3, min_tokens=4), ["min_tokens", "4", "3"]),
     "many logprobs": (request(logprobs=21), ["logprobs", "21", "at most 20"]),
+    "many prompt logprobs": (
+        request(prompt_logprobs=21),
+        ["prompt_logprobs", "21", "at most 20"],
+    ),
     "many stops": (request(stop=["x"] * 17), ["stop", "17", "at most 16"]),
     "empty stop": (request(stop=[""]), ["stop[0]", "''", "1 to 256"]),
     "long stop": (request(stop=["x" * 257]), ["stop[0]", "1 to 256"]),
     "many stop ids": (request(stop_token_ids=range(17)), ["stop_token_ids", "17", "at most 16"]),
     "unknown stop id": (request(stop_token_ids=[9999]), ["stop_token_ids[0]", "9999", "511"]),
+    "NaN bias": (request(logit_bias={1: math.nan}), ["logit_bias[1]", "nan", "at most 100"]),
+    "large bias": (request(logit_bias={1: -101}), ["logit_bias[1]", "-101", "at least -100"]),
+    "bias of an unknown id": (request(logit_bias={512: 1}), ["id in logit_bias", "512", "511"]),
+    "many biases": (
+        request(logit_bias={token: 1.0 for token in range(301)}),
+        ["logit_bias", "301", "at most 300"],
+    ),
+    "many bad words": (request(bad_words=["x"] * 17), ["bad_words", "17", "at most 16"]),
+    "empty bad word": (request(bad_words=[""]), ["bad_words[0]", "''", "1 to 64"]),
+    "bad word of many tokens": (
+        request(bad_words=["a", "q" * 17]),
+        ["bad_words[1]", "qqq", "1 to 16 tokens, not of 17"],
+    ),
+    "long schema": (request(json_schema="x" * 65537), ["json_schema", "65537", "65536"]),
+    "no choices": (
+        request(choice=generate_pb2.ChoiceConstraint()),
+        ["choice.choices", "0", "1 to 256"],
+    ),
+    "empty choice": (
+        request(choice=generate_pb2.ChoiceConstraint(choices=["a", ""])),
+        ["choice.choices[1]", "''", "not empty"],
+    ),
+    "endless regex": (request(regex="a", ignore_eos=True), ["ignore_eos", "True", "false"]),
     "long request id": (with_fields(request_id="r" * 257), ["request_id", "1 to 256"]),
     "n 0": (request(n=0), ["n", "0", "at least 1"]),
     "n too large": (request(n=17), ["n", "17", "at most 16"]),
@@ -106,25 +133,6 @@ BAD = {
         with_fields(resume_output_ids=[1] * 65),
         ["resume_output_ids", "65", "64"],
     ),
-}
-
-
-# Each is refused by its name, whatever its value.
-UNSUPPORTED: dict[str, Any] = {
-    "logit_bias": {1: 1.0},
-    "bad_words": ["x"],
-    "json_schema": "{}",
-    "json_object": True,
-    "regex": "a*",
-    "lark_grammar": "start: /a/",
-    "choice": generate_pb2.ChoiceConstraint(choices=["a"]),
-    "gbnf_grammar": 'root ::= "a"',
-    "prompt_logprobs": 0,
-    "include_stop": True,
-}
-BAD |= {
-    f"unsupported {name}": (request(**{name: value}), [name, "unset"])
-    for name, value in UNSUPPORTED.items()
 }
 
 

@@ -169,6 +169,23 @@ def test_stop_text_finishes_at_once_and_releases_with_the_billed_count(
     run(model, script)
 
 
+def test_bias_and_bad_words_reach_the_engine_and_the_stop_text_stays(
+    model: Path, encode: Any
+) -> None:
+    async def script(served: Served) -> None:
+        params = {"logit_bias": {5: -1.5, 2: 3.0}, "bad_words": ["hello"]}
+        call = served.stub.Generate(text_request(stop=["END"], include_stop=True, **params))
+        submit = await served.engine.next_submit()
+        assert dict(submit.sampling_params.logit_bias) == {2: 3.0, 5: -1.5}
+        assert [ids_of(word) for word in submit.bad_words] == [encode("hello"), encode(" hello")]
+        served.engine.send_outputs({submit.handle: encode("oneENDtwo")})
+        events = await collect(call)
+        assert "".join(event.delta.text for event in events) == "oneEND"
+        assert events[-1].finished.stop == "END"
+
+    run(model, script)
+
+
 def test_logprobs_travel_with_their_ids_beside_requests_without_any(
     model: Path, encode: Any
 ) -> None:

@@ -97,7 +97,10 @@ def test_resuming_after_any_delta_gives_the_rest_exactly(kind: str, data: st.Dat
     batches = _draw_batches(data, kind)
     stops = data.draw(_STOPS)
     min_tokens = data.draw(st.integers(0, 5))
-    whole = OutputAssembler(_tokenizer(kind), stops=stops, min_tokens=min_tokens)
+    include_stop = data.draw(st.booleans())
+    whole = OutputAssembler(
+        _tokenizer(kind), stops=stops, min_tokens=min_tokens, include_stop=include_stop
+    )
     deltas = _run(whole, batches)
     # The connection breaks after some delta; what was generated after its ids is generated again.
     broken_after = data.draw(st.integers(0, len(deltas) - 1))
@@ -105,7 +108,11 @@ def test_resuming_after_any_delta_gives_the_rest_exactly(kind: str, data: st.Dat
     ids = _all_ids(received)
     again = [token_id for batch in batches for token_id in batch][len(ids) :]
     resumed = OutputAssembler(
-        _tokenizer(kind), stops=stops, min_tokens=min_tokens, resume_output_ids=ids
+        _tokenizer(kind),
+        stops=stops,
+        min_tokens=min_tokens,
+        include_stop=include_stop,
+        resume_output_ids=ids,
     )
     assert resumed.matched_stop is None
     rest = _run(resumed, [[token_id] for token_id in again] + [[]])
@@ -160,6 +167,24 @@ def test_stop_inside_a_token_ends_the_text_there_and_leaves_the_token_out() -> N
     assembler = OutputAssembler(_tokenizer(), stops=["l"])
     assert assembler.push([hell], False) == Delta("he", ())
     assert assembler.num_output_tokens == 0
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_included_stop_adds_its_text_and_nothing_else(data: st.DataObject) -> None:
+    batches, stops = _draw_batches(data, "byte_level"), data.draw(_STOPS)
+    without = OutputAssembler(_tokenizer(), stops=stops)
+    included = OutputAssembler(_tokenizer(), stops=stops, include_stop=True)
+    text, longer = _text(_run(without, batches)), _text(_run(included, batches))
+    assert included.matched_stop == without.matched_stop
+    assert longer == text + (without.matched_stop or "")
+
+
+def test_included_stop_is_counted_with_the_tokens_it_takes() -> None:
+    assembler = OutputAssembler(_tokenizer(), stops=["END"], include_stop=True)
+    assert assembler.push(_byte_ids("xEN"), False).text == "x"
+    assert assembler.push(_byte_ids("Dy"), False) == Delta("END", tuple(_byte_ids("END")))
+    assert assembler.num_output_tokens == 4
 
 
 def test_held_text_comes_out_at_the_end() -> None:

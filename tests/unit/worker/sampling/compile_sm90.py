@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from tests.unit.worker.kernels.compile_sm90 import CompileOnly, HopperDriver
-from worker.sampling import SlotSampling, gumbel_kernel, mass_kernel, penalty_kernel
+from worker.sampling import SlotSampling, gumbel_kernel, mask_kernel, mass_kernel, penalty_kernel
 from worker.sampling.record import Bounds
 
 KERNELS = (
@@ -18,6 +18,7 @@ KERNELS = (
     (gumbel_kernel, "_combine_kernel"),
     (gumbel_kernel, "_gumbel_at_kernel"),
     (penalty_kernel, "_penalty_kernel"),
+    (mask_kernel, "_mask_kernel"),
     (mass_kernel, "_fixed_mass_kernel"),
     (mass_kernel, "_digit_sums_kernel"),
 )
@@ -34,6 +35,7 @@ def compile_for_shard(vocab: int, vocab_start: int) -> None:
             )
     gumbel_kernel.gumbel_at(tables.rows(slots).seed, slots, _empty(torch.int64, 4, 64))
     penalty_kernel.apply_penalties_kernel(logits, slots, slots, tables)
+    mask_kernel.apply_mask_kernel(logits, slots, tables.choices.masks)
     mass_kernel.fixed_mass_kernel(_empty(torch.float32, 4, 256), row_floats)
     for overall_max in (None, row_floats):
         for shift in (24, 8):

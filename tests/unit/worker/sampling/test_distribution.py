@@ -47,6 +47,11 @@ CASES = {
     "min_p": SlotParams(1.0, min_p=0.1),
     "all filters": SlotParams(1.5, top_k=40, top_p=0.8, min_p=0.05),
     "all filters large": SlotParams(1.5, top_k=90, top_p=0.9, min_p=0.02),
+    "logit_bias": SlotParams(1.0, logit_bias=((3, 2.5), (13, -1.5), (149, 3.0), (7, -100.0))),
+    "logit_bias and filters": SlotParams(
+        0.8, top_p=0.8, top_k=30, logit_bias=tuple((i, 1.5) for i in range(0, 150, 2))
+    ),
+    "bad words": SlotParams(1.3, bad_words=((5,), (90,), (140,))),
 }
 
 
@@ -65,6 +70,22 @@ def test_frequencies_follow_the_penalised_softmax() -> None:
     assert deviations(counts, probs) < NUM_DEVIATIONS
     without, _ = draw(replace(params, repetition_penalty=1.0), 2, **history)
     assert deviations(without, probs) > NUM_DEVIATIONS
+
+
+@pytest.mark.parametrize("params", [
+    SlotParams(1.2, seed=5), SlotParams(1.0, top_p=0.8, logit_bias=((3, 2.0),), seed=6),
+])  # fmt: skip
+def test_frequencies_follow_the_softmax_over_what_a_constraint_allows(params: SlotParams) -> None:
+    allowed = tuple(range(0, 150, 7))
+    counts, probs = draw(params, 2, allowed_ids=allowed)
+    assert set(probs.nonzero()[:, 0].tolist()) <= set(allowed)
+    assert deviations(counts, probs) < NUM_DEVIATIONS
+
+
+def test_a_bias_that_is_not_applied_is_caught() -> None:
+    counts, _ = draw(SlotParams(1.0, seed=3), 1)
+    _, probs = draw(SlotParams(1.0, seed=3, logit_bias=((13, 1.2),)), 1)
+    assert deviations(counts, probs) > NUM_DEVIATIONS
 
 
 def test_a_sampler_that_is_slightly_too_hot_is_caught() -> None:

@@ -26,6 +26,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
         "_combine_kernel",
         "_gumbel_at_kernel",
         "_penalty_kernel",
+        "_mask_kernel",
         "_fixed_mass_kernel",
         "_digit_sums_kernel",
     }

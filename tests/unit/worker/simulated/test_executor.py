@@ -190,3 +190,26 @@ def test_abort_wakes_a_step_that_sleeps() -> None:
     with pytest.raises(SimulationAborted):
         list(driven.executor.execute(command, arrived=time.monotonic()))
     timer.join(5)
+
+
+def test_a_constrained_slot_chooses_what_its_mask_allows_and_stops_at_a_stop_id() -> None:
+    driven = Driven()
+    delta = prefill(opening(1, limit=9, is_constrained=True, stop_ids=packed(7)), PROMPT)
+    delta.masks.add(slot=1, ids=packed(20, 21, 22))
+    assert driven.run(delta)[0][0] in (20, 21, 22)
+    delta = TableDelta(row_changes=packed(0, 1), row_count=1, limits=packed(1, 10))
+    delta.masks.add(slot=1, ids=packed(7))
+    first, second = driven.results(delta, steps=2)
+    assert (tokens(first), first.flags) == ([7], b"\x01")
+    assert tokens(second) == [-1]
+
+
+def test_prompt_log_probabilities_are_well_formed() -> None:
+    delta = prefill(opening(1), PROMPT)
+    delta.prompt_targets = packed(1, -1)
+    [result] = Driven().results(delta)
+    count = len(PROMPT) - 1
+    assert len(result.prompt_logprobs) == 4 * count
+    top_ids = np.frombuffer(result.prompt_top_token_ids, "<i4").reshape(count, 20)
+    assert top_ids[:, 0].tolist() == PROMPT[1:]
+    assert len(result.prompt_top_logprobs) == 80 * count

@@ -1,0 +1,26 @@
+"""A grammar process that hangs or ends at some constraints; started by test_pool.py."""
+
+import os
+import sys
+import time
+
+from coordinator.grammar import __main__ as grammar_main
+from coordinator.grammar.matchers import Matchers
+from protos.lockstep.v1 import grammar_pb2
+
+
+class FaultyMatchers(Matchers):
+    """Hangs when a regex says so, ends when it says that."""
+
+    def answer(self, request: grammar_pb2.GrammarRequest) -> grammar_pb2.GrammarReply | None:
+        match request.open.params.regex:
+            case "hang":
+                time.sleep(1000)
+            case "end":
+                os._exit(3)
+        return super().answer(request)
+
+
+if __name__ == "__main__":
+    vars(grammar_main)["Matchers"] = FaultyMatchers
+    sys.exit(grammar_main.main(sys.argv[1:]))
