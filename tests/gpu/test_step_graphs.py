@@ -60,12 +60,28 @@ def run_history(model_dir: Path, use_graphs: bool) -> list[list[tuple[int, int]]
     steps += commands.run(rest)
     rows = TableDelta(row_changes=packed(0, 1, 1, 2, 2, 3), row_count=3)
     steps += commands.run(rows, steps=5)
+    steps += constrained_steps(commands)
     rank.reset()
     return steps
+
+
+def constrained_steps(commands: Commands) -> list[list[tuple[int, int]]]:
+    """Slot 2 goes on beside a constrained sequence whose prompt is scored; 7, then 3."""
+    limit = len(PROMPT)
+    first = prefill(opening(1, limit=limit, is_constrained=True), PROMPT)
+    first.closed_slots = packed(1, 3)
+    first.row_changes, first.row_count = packed(0, 2, 1, 0, 2, 0), 1
+    first.masks.add(slot=1, ids=packed(7))
+    first.prompt_targets = packed(1, -1)
+    steps = commands.run(first)
+    second = TableDelta(row_changes=packed(1, 1), row_count=2, limits=packed(1, limit + 1))
+    second.masks.add(slot=1, ids=packed(3))
+    return steps + commands.run(second, steps=2)
 
 
 def test_graphs_choose_the_tokens_of_eager_steps(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, "llama")
     eager = run_history(tmp_path, use_graphs=False)
     assert run_history(tmp_path, use_graphs=True) == eager
-    assert all(token >= 0 for step in eager for token, _ in step)
+    assert all(token >= 0 for step in eager[:-1] for token, _ in step)
+    assert [step[1] for step in eager[-3:]] == [(7, 0), (3, 0), (-1, 0)]

@@ -75,6 +75,11 @@ class Rank:
 def apply(batch: Batch, result: worker_pb2.StepResult) -> None:
     """What results.py does, without frontends."""
     token_ids = struct.unpack(f"<{len(result.token_ids) // 4}i", result.token_ids)
+    scored = batch.outstanding.next_scored
+    assert len(result.prompt_logprobs) == 4 * sum(count for _, _, count in scored)
+    for request, start, count in scored:
+        assert start + 1 <= request.num_scored, "log-probabilities of a prompt with a gap"
+        request.num_scored = max(request.num_scored, start + 1 + count)
     entries = batch.resolve(result.command_id, result.step)
     for request, token_id, flags in zip(entries, token_ids, result.flags, strict=True):
         if request.is_finished:

@@ -208,7 +208,7 @@ class FakeTables:
 
     def _score_prompts(self, result: worker_pb2.StepResult, delta: worker_pb2.TableDelta) -> None:
         """A wanted token's log-probability is minus a thousandth of its id."""
-        behind = dict(unpack(delta.prompt_targets, 2))
+        behind = {number: token_id for number, token_id in unpack(delta.prompt_targets, 2)}
         scored: list[int] = []
         for number, start, length in unpack(delta.chunks, 3):
             if number in behind:

@@ -9,6 +9,7 @@ import hashlib
 import struct
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 from coordinator.batch import Batch
@@ -61,6 +62,8 @@ class History:
         allocator = self.batch.allocator
         assert allocator.num_free_blocks == allocator.num_usable_blocks
         for request in self.requests:
+            is_aborted = request.order in self.aborted
+            assert is_aborted or not request.awaits_prompt_scores, "a prompt not told as a whole"
             prompt = request.prompt_ids.tolist()
             wanted = expected_output(prompt, request.max_tokens, request.sampling.stop_ids)
             if request.order in self.aborted:
@@ -159,6 +162,8 @@ class History:
             use_prefix_cache=like.use_prefix_cache if like else draw.randrange(5) > 0,
             leader=leader,
         )
+        if draw.randrange(5) == 0 and leader is None:
+            request.sampling = replace(request.sampling, num_prompt_logprobs=0)
         self.requests.append(request)
         self._live.append(request)
         if draw.randrange(4):

@@ -147,9 +147,10 @@ def test_samples_differ_and_the_same_seed_repeats_them(
         answers = [client.generate_unary(asked) for _ in range(2)]
     texts = []
     for answer in answers:
-        samples = [answer, *answer.further_samples]
-        assert all(s.finished.finish_reason == generate_pb2.FINISH_REASON_STOP for s in samples)
-        texts.append([s.output.text for s in samples])
+        further = answer.further_samples
+        ends = [answer.finished, *(sample.finished for sample in further)]
+        assert all(end.finish_reason == generate_pb2.FINISH_REASON_STOP for end in ends)
+        texts.append([answer.output.text, *(sample.output.text for sample in further)])
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
     assert all(_KINDS[kind][1](text) for text in texts[0])
 

@@ -173,7 +173,7 @@ def test_bias_and_bad_words_reach_the_engine_and_the_stop_text_stays(
     model: Path, encode: Any
 ) -> None:
     async def script(served: Served) -> None:
-        params = {"logit_bias": {5: -1.5, 2: 3.0}, "bad_words": ["hello"]}
+        params: dict[str, Any] = {"logit_bias": {5: -1.5, 2: 3.0}, "bad_words": ["hello"]}
         call = served.stub.Generate(text_request(stop=["END"], include_stop=True, **params))
         submit = await served.engine.next_submit()
         assert dict(submit.sampling_params.logit_bias) == {2: 3.0, 5: -1.5}
