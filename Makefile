@@ -5,18 +5,18 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test test-gpu test-apt soak lint type protos protos-check bench clean
+.PHONY: help setup demo serve test test-gpu test-apt test-http soak lint type protos protos-check bench clean
 
 SETUP ?= 1
 ifeq ($(SETUP),0)
 PYTHON ?= python3
 PY := $(PYTHON)
 # The package index may be out of reach.
-FAST := not slow and not apt and not net
+FAST := not slow and not apt and not http and not net
 else
 # Relative, since the clone's path may hold spaces.
 PY := .venv/bin/python
-FAST := not slow and not apt
+FAST := not slow and not apt and not http
 endif
 
 # As environment variables these survive quotes, dollars and spaces; make itself would expand a $.
@@ -47,6 +47,12 @@ test-gpu: setup ## Tests that need GPUs
 
 test-apt: setup ## Tests of the deployment: root, Debian's prometheus, systemd, iproute2
 	@$(PY) -m pytest -m apt tests/apt $${ARGS:-}
+
+test-http: setup ## Tests of the HTTP gateway; installs it and the openai client into .venv
+ifneq ($(SETUP),0)
+	@$(PY) -m pip install --quiet --constraint constraints/cpu.txt smg openai
+endif
+	@$(PY) -m pytest -m http tests/http $${ARGS:-}
 
 soak: setup ## Slow tests: large checkpoints, long runs, the wheel in an empty environment
 	@$(PY) -m pytest -m slow --timeout 1200 $${ARGS:-}

@@ -28,7 +28,7 @@ from lockstep.daemon.security_flags import (
 from lockstep.daemon.tls_files import TlsFiles
 
 # Settings that daemons share a file and an environment for, but that are not ours.
-ELSEWHERE = frozenset({"tp", "devices", "device", "num-threads", "nccl-path"})
+ELSEWHERE = frozenset({"tp", "devices", "device", "num-threads", "nccl-path", "http"})
 
 _MIN_LOG_BYTES = 1 << 20
 

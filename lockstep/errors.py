@@ -28,6 +28,10 @@ class ConfigError(LockstepError):
     """The settings of a command do not fit together or this host."""
 
 
+class AddressInUse(LockstepError):
+    """Something else listens where this was told to."""
+
+
 class CallFailed(LockstepError):
     """A call ended with a status. Its text is `code`: `message`."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from lockstep.cores import available_cores
+from lockstep.daemon.addresses import bind_problem
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import (
     Flag,
@@ -25,7 +26,15 @@ from lockstep.daemon.group_secret import hold_new_secret
 from lockstep.daemon.ready_file import write_ready_file
 from lockstep.daemon.security_flags import ALLOW_PLAINTEXT, GROUP_FLAGS, PUBLIC_FLAGS
 from lockstep.devices import choose_devices, count_gpus
-from lockstep.errors import ConfigError, HubError
+from lockstep.errors import AddressInUse, ConfigError, HubError
+from lockstep.gateway import (
+    GatewaySpec,
+    HttpAddress,
+    free_port,
+    gateway_spec,
+    http_address,
+    require_gateway,
+)
 from lockstep.hub import resolve_model
 from lockstep.processes import supervised_processes
 from lockstep.ready_record import ReadyRecord
@@ -35,6 +44,8 @@ _MAX_RANKS = 64
 _MAX_PORT = 65535
 # From the coordinator's metrics port to that of rank 0: 9851 and 9860.
 _WORKER_METRICS_OFFSET = 9
+# To that of the gateway: 9852.
+_GATEWAY_METRICS_OFFSET = 1
 # What a coordinator needs beside its drain time, to tell ranks and frontends.
 _STOP_MARGIN_S = 15.0
 _PAUSE = float_between(0.0, 3600.0)
@@ -85,6 +96,7 @@ OWN_FLAGS = (
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
     Flag("ready-file", Path, None, "file to write once requests can be answered"),
     *GROUP_FLAGS,
+    Flag("http", http_address, None, "gateway for HTTP: on (127.0.0.1:30000), HOST:PORT", "on"),
 )
 _ELSEWHERE = frozenset({"workers", "device"})
 
@@ -110,6 +122,7 @@ class ServeConfig:
     group_key: str = ""
     group_ca: str = ""
     group_secret: str = ""
+    http: HttpAddress | None = None
 
     def with_secret(self) -> Self:
         """With a secret of its own, that no other process of another user knows, if it has none."""
@@ -130,6 +143,12 @@ class ServeConfig:
         """Where that rank tells its metrics; 0: any port."""
         return self.metrics_port + _WORKER_METRICS_OFFSET + rank if self.metrics_port else 0
 
+    def gateway_metrics(self) -> HttpAddress:
+        """Where the gateway tells its metrics."""
+        if not self.metrics_port:
+            return HttpAddress(self.metrics_host, free_port(self.metrics_host))
+        return HttpAddress(self.metrics_host, self.metrics_port + _GATEWAY_METRICS_OFFSET)
+
 
 def main(argv: Sequence[str]) -> int:
     """Serves until told to stop; returns the exit code."""
@@ -138,12 +157,14 @@ def main(argv: Sequence[str]) -> int:
         config = serve_config(argv, os.environ).with_secret()
         _report(f"starting {_ranks(config)} on {', '.join(config.devices)}")
         model_dir = resolve_model(config.model)
+        group = group_spec(config, model_dir, os.environ)
     except (FlagError, ConfigError) as error:
         return _refuse(error, ExitCode.CONFIG)
     except HubError as error:
         return _refuse(error, ExitCode.CHECKPOINT)
-
-    return run_group(config, group_spec(config, model_dir, os.environ), started, _report)
+    except AddressInUse as error:
+        return _refuse(error, ExitCode.ADDRESS)
+    return run_group(config, group, started, _report)
 
 
 def run_group(
@@ -153,7 +174,9 @@ def run_group(
 
     def announce(record: ReadyRecord) -> None:
         seconds = time.monotonic() - started
-        report(f"ready: {config.model} at {record.grpc}, {_ranks(config)}, after {seconds:.1f} s")
+        http = f", http://{config.http}/v1" if config.http else ""
+        where = f"{record.grpc}{http}"
+        report(f"ready: {config.model} at {where}, {_ranks(config)}, after {seconds:.1f} s")
         if config.ready_file is not None:
             write_ready_file(
                 config.ready_file,
@@ -161,6 +184,7 @@ def run_group(
                 rank=None,
                 grpc=record.grpc,
                 metrics=record.metrics,
+                http=str(config.http or ""),
             )
 
     try:
@@ -204,7 +228,10 @@ def serve_config(argv: Sequence[str], environ: Mapping[str, str]) -> ServeConfig
 
 
 def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str]) -> GroupSpec:
-    """The daemons' command lines. Every setting is a flag there: their environment has none."""
+    """The daemons' command lines. Every setting is a flag there: their environment has none.
+
+    Raises ConfigError, AddressInUse where a gateway is asked for and cannot be.
+    """
 
     def worker_command(rank: int, port: int, metrics_port: int, ready_file: str) -> Sequence[str]:
         command = [
@@ -242,6 +269,36 @@ def group_spec(config: ServeConfig, model_dir: Path, environ: Mapping[str, str])
         worker_metrics_port=config.worker_metrics_port,
         restarts=config.restart,
         drain_timeout_s=config.withdrawal_seconds + config.drain_seconds + _STOP_MARGIN_S,
+        gateway=_gateway(config, model_dir, environ),
+    )
+
+
+def _gateway(
+    config: ServeConfig, model_dir: Path, environ: Mapping[str, str]
+) -> GatewaySpec | None:
+    """The gateway asked for. It says badly why it cannot listen, so that is tried here."""
+    if config.http is None:
+        return None
+    if unsuited := [flag for flag in ("--tls-cert", "--api-keys") if flag in config.passed_on]:
+        raise ConfigError(
+            f"--http with {unsuited[0]}: the gateway speaks to the engine in the clear and shows it "
+            "no key; leave one of them out"
+        )
+    require_gateway()
+    metrics = config.gateway_metrics()
+    for flag, address in (("--http", config.http), ("--metrics-port", metrics)):
+        problem = bind_problem(address.host, address.port)
+        if problem:
+            raise AddressInUse(
+                f"the gateway cannot listen on {address}: {problem}; choose another {flag}"
+            )
+    return gateway_spec(
+        config.http,
+        model_dir,
+        metrics,
+        config.drain_seconds,
+        config.log_format,
+        daemon_environ(environ),
     )
 
 

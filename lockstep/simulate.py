@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import Flag, FlagError, parse_flags
-from lockstep.errors import ConfigError
+from lockstep.errors import AddressInUse, ConfigError
 from lockstep.serve import (
     COORDINATOR_FLAGS,
     OWN_FLAGS,
@@ -46,11 +46,14 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     try:
         config, worker_flags = simulate_config(argv, os.environ)
+        config = config.with_secret()
+        group = simulated_group(config, worker_flags, os.environ)
     except (FlagError, ConfigError) as error:
         _report(str(error))
         return ExitCode.CONFIG
-    config = config.with_secret()
-    group = simulated_group(config, worker_flags, os.environ)
+    except AddressInUse as error:
+        _report(str(error))
+        return ExitCode.ADDRESS
     return run_group(config, group, started, _report)
 
 

@@ -1,10 +1,12 @@
-"""Keeps one coordinator and its workers running, and ends them together.
+"""Keeps one coordinator, its workers and perhaps a gateway running, and ends them together.
 
 The rules. A worker that ends is started again on the same port. A coordinator that is ended by a
 signal, or crashes after it has served, takes the whole group down with it, and all start again. A
 coordinator that exits with one of our exit codes has its reasons: everything stops and its exit
 code is ours. A worker that refuses to start (exit codes 2 to
-5) would refuse again: everything stops with its code. Too many losses end with exit code 6.
+5) would refuse again: everything stops with its code. A gateway starts once the coordinator can
+answer, outlives restarts of the group, and is started again when it ends or does not get ready; one
+that ends before it ever was ready stops everything. Too many losses end with exit code 6.
 """
 
 import signal
@@ -14,10 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lockstep.daemon.exit_codes import ExitCode
+from lockstep.gateway import GatewaySpec
 from lockstep.processes import ChildExited, Processes, SignalReceived
 from lockstep.ready_record import PendingReady, ReadyRecord
 
 COORDINATOR = "coordinator"
+GATEWAY = "gateway"
 
 _REFUSALS = (ExitCode.CONFIG, ExitCode.CHECKPOINT, ExitCode.DEVICE, ExitCode.ADDRESS)
 _MAX_LOSSES = 3
@@ -46,6 +50,7 @@ class GroupSpec:
     worker_start_timeout_s: float = 300.0
     drain_timeout_s: float = 45.0
     worker_stop_timeout_s: float = 10.0
+    gateway: GatewaySpec | None = None
 
 
 class _Stop(Exception):
@@ -68,7 +73,7 @@ class Supervisor:
     """Runs a group on `processes` until it ends. Main thread only.
 
     `report` gets one line per thing worth telling; `on_ready` the coordinator's record each time
-    the group can answer.
+    the group, and the gateway if there is one, can answer.
     """
 
     def __init__(
@@ -86,6 +91,9 @@ class Supervisor:
         self._records: dict[str, ReadyRecord] = {}
         self._losses: deque[float] = deque()
         self._was_ready = False
+        # When the gateway must be ready, CLOCK_MONOTONIC; None: it is, or its turn has not come.
+        self._gateway_deadline: float | None = None
+        self._gateway_was_ready = False
 
     def run(self) -> int:
         """Returns the exit code; no child is left then."""
@@ -113,7 +121,7 @@ class Supervisor:
             if not self._is_crash(exited):
                 if exited.code != ExitCode.CLEAN:
                     self._report(f"{exited}; stopping the workers")
-                self._processes.stop_all(workers, self._group.worker_stop_timeout_s)
+                self._processes.stop_all([GATEWAY, *workers], self._group.worker_stop_timeout_s)
                 return exited.code
             self._report(f"{exited}; restarting it and its workers")
             self._count_loss(str(exited))
@@ -166,15 +174,20 @@ class Supervisor:
         """Waits for the next thing and deals with it; returns the coordinator's exit."""
         if self._collect_ready():
             return None
-        event = self._processes.next_event(_READY_POLL_S if self._pending else _IDLE_POLL_S)
+        is_waiting = self._pending or self._gateway_deadline is not None
+        event = self._processes.next_event(_READY_POLL_S if is_waiting else _IDLE_POLL_S)
         match event:
             case SignalReceived():
                 raise _Stop
             case ChildExited(name=name) if name == COORDINATOR:
                 self._collect_ready()  # it may have been ready just before it ended
                 return event
+            case ChildExited(name=name) if name == GATEWAY:
+                self._restart_gateway(event)
             case ChildExited():
                 self._restart_worker(event)
+            case None:
+                self._check_gateway()
         return None
 
     def _collect_ready(self) -> bool:
@@ -189,8 +202,47 @@ class Supervisor:
             self._records[name] = record
             if name == COORDINATOR:
                 self._was_ready = True
-                self._on_ready(record)
+                self._coordinator_ready(record)
         return found
+
+    def _coordinator_ready(self, record: ReadyRecord) -> None:
+        gateway = self._group.gateway
+        if gateway is None:
+            self._on_ready(record)
+            return
+        if not self._processes.is_running(GATEWAY):
+            self._start_gateway(gateway)
+        self._gateway_deadline = time.monotonic() + gateway.start_timeout_s
+
+    def _start_gateway(self, gateway: GatewaySpec) -> None:
+        command = gateway.command(self._records[COORDINATOR].grpc)
+        self._processes.start(GATEWAY, command, gateway.environ)
+
+    def _check_gateway(self) -> None:
+        """Looks whether a gateway that was started can answer, and says so."""
+        gateway, deadline = self._group.gateway, self._gateway_deadline
+        if gateway is None or deadline is None:
+            return
+        if gateway.is_ready():
+            self._gateway_deadline = None
+            self._gateway_was_ready = True
+            self._on_ready(self._records[COORDINATOR])
+        elif time.monotonic() > deadline:
+            self._processes.stop_all([GATEWAY], grace_s=0.0)
+            self._start_gateway_again(f"gateway not ready within {gateway.start_timeout_s:g} s")
+
+    def _restart_gateway(self, exited: ChildExited) -> None:
+        if not self._gateway_was_ready:
+            raise _GroupEnded(ExitCode.CONFIG, f"{exited}: its own lines above say why")
+        self._start_gateway_again(str(exited))
+
+    def _start_gateway_again(self, why: str) -> None:
+        gateway = self._group.gateway
+        assert gateway is not None
+        self._report(f"{why}; starting it again")
+        self._count_loss(why)
+        self._start_gateway(gateway)
+        self._gateway_deadline = time.monotonic() + gateway.start_timeout_s
 
     def _restart_worker(self, exited: ChildExited) -> None:
         self._collect_ready()  # it may have been ready just before it ended
@@ -217,8 +269,11 @@ class Supervisor:
             )
 
     def _stop_in_order(self) -> int:
-        """Coordinator first, which lets its requests finish; then the workers."""
+        """Gateway, then coordinator, which let their requests finish; then the workers."""
+        gateway = self._group.gateway
         try:
+            if gateway is not None:
+                self._stop_gently([GATEWAY], gateway.stop_timeout_s)
             code = self._stop_gently([COORDINATOR], self._group.drain_timeout_s)
             self._stop_gently(self._worker_names(), self._group.worker_stop_timeout_s)
         except _SecondSignal:
@@ -252,4 +307,4 @@ class Supervisor:
         return [f"worker {rank}" for rank in range(self._group.num_ranks)]
 
     def _names(self) -> list[str]:
-        return [COORDINATOR, *self._worker_names()]
+        return [GATEWAY, COORDINATOR, *self._worker_names()]

@@ -37,6 +37,7 @@ FLAGS = (
 # The environment may be one for all daemons of a group.
 _ELSEWHERE = frozenset({flag.name for flag in serve.COORDINATOR_FLAGS}) | {
     *("workers", "tp", "device", "drain-seconds", "withdrawal-seconds", "restart", "ready-file"),
+    "http",
 }
 _REFUSALS = (ExitCode.CONFIG, ExitCode.CHECKPOINT, ExitCode.DEVICE, ExitCode.ADDRESS)
 # Of one worker, before this gives up: each loss of a rank anywhere ends every worker once, and the

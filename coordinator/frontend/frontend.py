@@ -31,6 +31,7 @@ from coordinator.frontend.server import (
 )
 from coordinator.frontend.slow_clients import SlowClientWatch
 from coordinator.frontend.tracing import Tracer, make_tracer
+from coordinator.frontend.vllm_service import VllmService
 from lockstep.daemon.security_flags import public_tls
 from lockstep.daemon.tls_files import ReloadedTls
 from protos.lockstep.v1 import engine_pb2
@@ -110,6 +111,16 @@ class Frontend:
             # Without keys there is nobody to turn away: calls need not pass through a guard.
             interceptors=(guard,) if access.api_keys is not None else (),
         )
+        gateway = VllmService(
+            self._service,
+            self._availability,
+            text,
+            config.served_model_name,
+            self._slow_clients,
+            executor,
+        )
+        handler = gateway.handler(self._link.report_rejected)
+        self._server.add_generic_rpc_handlers((handler,))
         credentials = None if access.tls is None else server_credentials(access.tls)
         self.port = bind(self._server, config.host, config.port, config.num_frontends, credentials)
 

@@ -2,7 +2,7 @@
 
 A request's life here: prepare (validate, tokenise on another thread), submit, wait for the engine's
 acceptance, then `started`, deltas, `finished` (call.py). Whatever ends the RPC early (client gone,
-deadline, error) releases the request in the engine; that is the `finally` of `_call`.
+deadline, error) releases the request in the engine; that is the `finally` of `open_call`.
 """
 
 import asyncio
@@ -19,7 +19,12 @@ from coordinator.frontend.callers import Callers
 from coordinator.frontend.engine_link import EngineLink
 from coordinator.frontend.errors import SlowClient
 from coordinator.frontend.rejections import answered
-from coordinator.frontend.request_preparer import CallClock, RequestPreparer, check_request_id
+from coordinator.frontend.request_preparer import (
+    CallClock,
+    Dialect,
+    RequestPreparer,
+    check_request_id,
+)
 from coordinator.frontend.slow_clients import SlowClientWatch
 from coordinator.frontend.tracing import RequestSpan, Tracer
 from coordinator.frontend.trailing_metadata import frontend_metadata
@@ -29,6 +34,7 @@ from protos.lockstep.v1 import generate_pb2
 
 _ABORT_TIMEOUT_S = 10.0
 _SERVICE = "lockstep.v1.GenerateService"
+_LOCKSTEP = Dialect()
 
 
 class GenerateService:
@@ -83,7 +89,7 @@ class GenerateService:
     async def generate(self, request: generate_pb2.GenerateRequest, context: Any) -> None:
         """Streams events as fast as the client takes them; what queues meanwhile is joined."""
         async with (
-            self._call("Generate", request, context) as call,
+            self.open_call("Generate", request, context) as call,
             self._slow_clients.watch(call.streams),
         ):
             while not call.is_done:
@@ -94,7 +100,7 @@ class GenerateService:
         self, request: generate_pb2.GenerateUnaryRequest, context: Any
     ) -> generate_pb2.GenerateUnaryResponse:
         """The same events, joined."""
-        async with self._call("GenerateUnary", request.request, context) as call:
+        async with self.open_call("GenerateUnary", request.request, context) as call:
             answer = UnaryAnswer(call.num_samples)
             while not call.is_done:
                 for event in await call.next_events():
@@ -127,8 +133,12 @@ class GenerateService:
         return self._availability.server_response
 
     @contextlib.asynccontextmanager
-    async def _call(
-        self, method: str, request: generate_pb2.GenerateRequest, context: Any
+    async def open_call(
+        self,
+        method: str,
+        request: generate_pb2.GenerateRequest,
+        context: Any,
+        dialect: Dialect = _LOCKSTEP,
     ) -> AsyncIterator[Call]:
         """One call in the engine, for the length of the block; what still runs then is released.
 
@@ -138,7 +148,7 @@ class GenerateService:
             clock = _clock(context)
             request.tenant = self._callers.tenant(context, request.tenant)
             self._availability.require_ready()
-            prepared = await self._preparer.prepare(request, clock)
+            prepared = await self._preparer.prepare(request, clock, dialect)
             self._availability.require_ready()  # it may have changed while we tokenised
             call = Call(prepared, self._link)
             if span is not None:

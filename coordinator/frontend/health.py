@@ -16,7 +16,12 @@ CAUSE_KEY = "lockstep-cause"
 MAX_WATCHERS = 1024
 _MAX_CAUSE_CHARS = 1000
 _MAX_SHOWN_CHARS = 100
-_READINESS_NAMES = ("", "readiness", "lockstep.v1.GenerateService")
+_READINESS_NAMES = (
+    "",
+    "readiness",
+    "lockstep.v1.GenerateService",
+    "vllm.grpc.engine.VllmEngine",
+)
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -26,9 +31,9 @@ _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 class HealthService(health_pb2_grpc.HealthServicer):
     """What load balancers and probes ask.
 
-    Names: "", `readiness` and the service's own (can answer), `liveness` (the event loop runs),
-    `rank/<r>`. What is not SERVING has its cause in the trailing metadata `lockstep-cause`, of each
-    Check and of a Watch that ends.
+    Names: "", `readiness` and those of the services (can answer), `liveness` (the event loop
+    runs), `rank/<r>`. What is not SERVING has its cause in the trailing metadata `lockstep-cause`,
+    of each Check and of a Watch that ends.
 
     All methods run on the server's event loop. Answers cost no request to the engine.
     """

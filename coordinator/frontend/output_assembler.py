@@ -42,13 +42,15 @@ class OutputAssembler:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         resume_output_ids: Sequence[int] = (),
+        ids_through_stop: bool = False,
     ) -> None:
         """Starts an output, or continues the one that began with `resume_output_ids`.
 
         Stop strings are searched for in the text of what follows the first `min_tokens` tokens.
         The resumed ids count and may begin a stop string, but they and their text are not released
-        again; if they contain a whole one, `matched_stop` is set at once. Raises TextUnavailable
-        for stop strings without a tokenizer.
+        again; if they contain a whole one, `matched_stop` is set at once. With `ids_through_stop`
+        the ids go up to the one that completes the stop string: for callers that make the text of
+        them by themselves. Raises TextUnavailable for stop strings without a tokenizer.
         """
         if stops and tokenizer is None:
             raise TextUnavailable("stop strings need a tokenizer, and this checkpoint has none")
@@ -60,6 +62,7 @@ class OutputAssembler:
         self._matcher = StopMatcher(stops, include_stop)
         self._stop_ids = frozenset(stop_ids)
         self._min_tokens = min_tokens
+        self._ids_through_stop = ids_through_stop
         self._num_pushed = 0
         self._is_finished = False
         # Lengths in characters from the start of the output: what was detokenised, what is
@@ -144,6 +147,8 @@ class OutputAssembler:
             token_id, id_end = self._complete.popleft()
             ids.append(token_id)
             end = max(end, id_end)
+        if self.matched_stop is not None and self._ids_through_stop:
+            ids += [token_id for token_id, _ in self._complete] + self._incomplete
         if self.matched_stop is not None or self._is_finished:
             # The text may end inside a token; after a resume, before what the client has.
             end = max(end, self._num_certain)

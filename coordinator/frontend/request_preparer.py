@@ -1,6 +1,7 @@
 """A client's message to what the engine takes: checked, tokenised, every parameter resolved."""
 
 import asyncio
+import dataclasses
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -61,6 +62,18 @@ class CallClock:
     deadline: float
 
 
+@dataclass(frozen=True)
+class Dialect:
+    """What another protocol means differently; the defaults are `lockstep.v1`."""
+
+    clamps_max_tokens: bool = False
+    """More than the context holds means what it holds; else it is refused."""
+    skip_special_tokens: bool = True
+    """Stop texts are searched for in text without control tokens."""
+    ids_through_stop: bool = False
+    """The output's ids go up to the one that completes a stop text; else they end before it."""
+
+
 class RequestPreparer:
     """Prepares requests on the event loop; tokenising runs on `executor`, after a length check."""
 
@@ -77,7 +90,7 @@ class RequestPreparer:
         self._executor = executor
 
     async def prepare(
-        self, request: generate_pb2.GenerateRequest, clock: CallClock
+        self, request: generate_pb2.GenerateRequest, clock: CallClock, dialect: Dialect
     ) -> PreparedRequest:
         """Raises BadRequest, TextUnavailable."""
         limits = self._limits()
@@ -88,6 +101,9 @@ class RequestPreparer:
         fields = _request_fields(request.sampling_params)
         resumed = _checked_ids("resume_output_ids", request.resume_output_ids, limits)
         prompt = await self._prompt_ids(request, limits)
+        if dialect.clamps_max_tokens and fields.max_tokens is not None:
+            room = limits.max_model_len - len(prompt)
+            fields = dataclasses.replace(fields, max_tokens=min(fields.max_tokens, room))
         params = resolve_sampling(fields, self._text.defaults, limits, len(prompt), len(resumed))
         common = engine_pb2.Submit(
             request_id=request_id,
@@ -103,7 +119,7 @@ class RequestPreparer:
             bad_words=await self._bad_words(params.bad_words),
         )
         outputs = [
-            OutputStream(self._assembler(params, resumed.tolist()), len(prompt), index)
+            OutputStream(self._assembler(params, resumed.tolist(), dialect), len(prompt), index)
             for index in range(params.num_samples)
         ]
         return PreparedRequest(
@@ -119,14 +135,18 @@ class RequestPreparer:
             is_complete=outputs[0].matched_stop is not None,
         )
 
-    def _assembler(self, params: SamplingParams, resumed: list[int]) -> OutputAssembler:
+    def _assembler(
+        self, params: SamplingParams, resumed: list[int], dialect: Dialect
+    ) -> OutputAssembler:
         return OutputAssembler(
             self._text.tokenizer,
             stops=params.stop,
             stop_ids=params.stop_ids,
             min_tokens=params.min_tokens,
             include_stop=params.include_stop,
+            skip_special_tokens=dialect.skip_special_tokens,
             resume_output_ids=resumed,
+            ids_through_stop=dialect.ids_through_stop,
         )
 
     async def _bad_words(self, words: Sequence[str]) -> list[bytes]:

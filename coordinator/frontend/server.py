@@ -13,6 +13,7 @@ from coordinator.frontend.health import HealthService
 from coordinator.frontend.stock_services import HEALTH, health_handler, reflection_handler
 from lockstep.daemon.addresses import bind_problem
 from lockstep.daemon.tls_files import ReloadedTls, TlsMaterial
+from protos.vllm_engine import vllm_engine_pb2
 
 _LOG = logging.getLogger(__name__)
 # A 10 MB text must reach our own check, whose answer names field and limit.
@@ -95,7 +96,8 @@ def build_server(
         maximum_concurrent_rpcs=_MAX_OPEN_CALLS,
     )
     server.add_generic_rpc_handlers((generate_handler,))
-    names = ("lockstep.v1.GenerateService", HEALTH)
+    gateways = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name
+    names = ("lockstep.v1.GenerateService", gateways, HEALTH)
     server.add_generic_rpc_handlers((health_handler(health), reflection_handler(names)))
     return server
 

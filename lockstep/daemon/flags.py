@@ -24,13 +24,15 @@ class Flag:
     """One setting.
 
     `parse` turns the text of the command line or environment into the value and raises ValueError
-    with what it wanted; `name` is spelled as on the command line without the dashes.
+    with what it wanted; `name` is spelled as on the command line without the dashes. `bare` is the
+    text that the flag alone, without a value, stands for; None: it wants one.
     """
 
     name: str
     parse: Callable[[str], Any]
     default: Any
     help: str
+    bare: str | None = None
 
     @property
     def dest(self) -> str:
@@ -63,7 +65,12 @@ def parse_flags(
     parser.add_argument("--config", metavar="TOML", help="file of settings, named like the flags")
     for flag in flags:
         parser.add_argument(
-            f"--{flag.name}", default=None, help=help_text(flag), metavar=_metavar(flag)
+            f"--{flag.name}",
+            default=None,
+            help=help_text(flag),
+            metavar=_metavar(flag),
+            nargs=None if flag.bare is None else "?",
+            const=flag.bare,
         )
     given = vars(parser.parse_args(list(argv)))
     config_path = given.pop("config") or environ.get(ENV_PREFIX + "CONFIG")

@@ -61,6 +61,7 @@ class ServedGroup:
         self._members: set[psutil.Process] = set()
         self.address = ""
         self.metrics = ""
+        self.http = ""
         command = [sys.executable, "-P", "-m", "lockstep.cli", subcommand]
         command += ["--model", str(model)]
         command += ["--devices", "cpu"] if subcommand == "serve" else []
@@ -90,6 +91,7 @@ class ServedGroup:
         record = json.loads(self._ready.read_text(encoding="utf-8"))
         assert record["role"] == "serve" and record["pid"] == self.process.pid
         self.address, self.metrics = record["grpc"], record["metrics"]
+        self.http = record.get("http", "")
         return self
 
     def wait_exit(self, limit_s: float = START_LIMIT_S) -> int:

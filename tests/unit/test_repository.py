@@ -25,7 +25,7 @@ MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70  # docstring not counted; kernels, which cannot be cut, excepted
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc", "manager"}
 TARGETS = (
-    *("help", "setup", "demo", "serve", "test", "test-gpu", "test-apt", "soak"),
+    *("help", "setup", "demo", "serve", "test", "test-gpu", "test-apt", "test-http", "soak"),
     *("lint", "type", "protos", "protos-check", "bench", "clean"),
 )
 
@@ -105,6 +105,7 @@ def test_constraints_pin_every_direct_dependency(kind: str) -> None:
     project = pyproject()["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["demo"], *extras["test"], *extras["dev"]]
+    wanted += [*extras["http"], *extras["http-test"]]
     names = {normal(re.split(r"[<>=!\[]", item)[0]) for item in wanted} - {"lockstep"}
     assert names <= {normal(name) for name in pins(kind)}
 

@@ -43,9 +43,10 @@ exec(script)
 
 SERVES = "note(event='start'); ready(int(port) or 40000 + os.getpid() % 10000); time.sleep(600)"
 
-# argv: JSON of {num_ranks, worker, coordinator, restarts, folder}.
+# argv: JSON of what `supervised` was given.
 _SUPERVISOR = """
-import json, sys
+import json, os, sys
+from lockstep.gateway import GatewaySpec, HttpAddress
 from lockstep.processes import supervised_processes
 from lockstep.supervisor import GroupSpec, Supervisor
 
@@ -61,12 +62,24 @@ def coordinator(addresses, port, metrics_port, ready_file):
     return [sys.executable, "-c", daemon, "coordinator " + ",".join(addresses), str(port),
             str(metrics_port), ready_file, given["journal"], given["coordinator"]]
 
+def gateway_command(grpc):
+    return [sys.executable, "-c", daemon, "gateway " + grpc, "0", "0", given["gateway_ready"],
+            given["journal"], given["gateway"]]
+
+gateway = None
+if given["gateway"]:
+    gateway = GatewaySpec(
+        address=HttpAddress("127.0.0.1", 1), command=gateway_command,
+        is_ready=lambda: os.path.exists(given["gateway_ready"]),
+        environ={"PATH": "/usr/bin:/bin", "TMPDIR": given["tmp"]},
+        start_timeout_s=given["gateway_timeout_s"], stop_timeout_s=20.0,
+    )
 group = GroupSpec(
     num_ranks=given["num_ranks"], worker_command=worker, coordinator_command=coordinator,
     coordinator_ports=(0, 0), environ={"PATH": "/usr/bin:/bin", "TMPDIR": given["tmp"]},
     worker_metrics_port=lambda rank: 9860 + rank,
     restarts=given["restarts"], drain_timeout_s=given["drain_timeout_s"],
-    worker_stop_timeout_s=2.0, worker_start_timeout_s=20.0,
+    worker_stop_timeout_s=2.0, worker_start_timeout_s=20.0, gateway=gateway,
 )
 def say(line):
     print(line, file=sys.stderr, flush=True)
@@ -135,6 +148,8 @@ def supervised(
     num_ranks: int = 2,
     restarts: bool = True,
     drain_timeout_s: float = 20.0,
+    gateway: str = "",
+    gateway_timeout_s: float = 20.0,
 ) -> Iterator[Supervised]:
     """Runs a supervisor in a process of its own; kills it at the end of the block."""
     tmp = Path(tempfile.mkdtemp(dir=folder))
@@ -146,6 +161,9 @@ def supervised(
         "num_ranks": num_ranks,
         "restarts": restarts,
         "drain_timeout_s": drain_timeout_s,
+        "gateway": gateway,
+        "gateway_timeout_s": gateway_timeout_s,
+        "gateway_ready": str(folder / "gateway.ready"),
         "journal": str(journal),
         "tmp": str(tmp),
     }

@@ -173,5 +173,75 @@ def test_signal_during_start_stops_too(tmp_path: Path) -> None:
         group.assert_nothing_left()
 
 
+def test_gateway_starts_once_the_coordinator_can_answer_and_ready_waits_for_it(
+    tmp_path: Path,
+) -> None:
+    with supervised(tmp_path, gateway=SERVES) as group:
+        coordinator = group.wait_ready()
+        names = [note["name"] for note in group.notes()]
+        assert names[-1] == f"gateway 127.0.0.1:{40000 + coordinator % 10000}"
+        assert (tmp_path / "gateway.ready").exists()
+
+
+def test_signal_stops_the_gateway_before_the_coordinator_before_the_workers(
+    tmp_path: Path,
+) -> None:
+    with supervised(tmp_path, gateway=SERVES) as group:
+        group.wait_ready()
+        group.process.send_signal(signal.SIGTERM)
+        assert group.wait_exit()[0] == ExitCode.CLEAN
+        stopped = [note["name"].split()[0] for note in group.notes("SIGTERM")]
+        assert stopped == ["gateway", "coordinator", "worker", "worker"]
+        group.assert_nothing_left()
+
+
+def test_killed_gateway_is_started_again_and_the_group_goes_on(tmp_path: Path) -> None:
+    with supervised(tmp_path, gateway=SERVES) as group:
+        coordinator = group.wait_ready()
+        kill(group.wait_notes("gateway", 1)[0]["pid"])
+        assert group.wait_ready() == coordinator
+        assert len(group.wait_notes("gateway", 2)) == 2
+        assert len(group.notes()) == 2 + 1 + 2
+
+
+def test_gateway_outlives_a_restart_of_the_group(tmp_path: Path) -> None:
+    with supervised(tmp_path, gateway=SERVES) as group:
+        kill(group.wait_ready())
+        group.wait_ready()
+        assert len(group.wait_notes("coordinator", 2)) == 2
+        assert len(group.wait_notes("gateway", 1)) == 1
+
+
+def test_gateway_that_ends_before_it_was_ready_ends_everything(tmp_path: Path) -> None:
+    with supervised(tmp_path, gateway="note(event='start'); sys.exit(1)") as group:
+        code, errors = group.wait_exit()
+        assert code == ExitCode.CONFIG
+        assert f"gateway (pid {_pid_of(group, 'gateway')}) exited with 1" in errors
+        group.assert_nothing_left()
+
+
+def test_gateway_that_is_not_ready_in_time_is_started_again_and_at_last_ends_everything(
+    tmp_path: Path,
+) -> None:
+    never = "note(event='start'); time.sleep(600)"
+    with supervised(tmp_path, gateway=never, gateway_timeout_s=0.5) as group:
+        code, errors = group.wait_exit()
+        assert code == ExitCode.GROUP_LOST
+        assert "gateway not ready within 0.5 s; 3 such losses in 10 minutes" in errors
+        assert len([note for note in group.notes() if note["name"].startswith("gateway")]) == 3
+        group.assert_nothing_left()
+
+
+def test_third_lost_gateway_ends_with_group_lost(tmp_path: Path) -> None:
+    with supervised(tmp_path, gateway=SERVES) as group:
+        for count in (1, 2, 3):
+            group.wait_ready()
+            kill(group.wait_notes("gateway", count)[-1]["pid"])
+        code, errors = group.wait_exit()
+        assert code == ExitCode.GROUP_LOST
+        assert "SIGKILL; 3 such losses in 10 minutes" in errors
+        group.assert_nothing_left()
+
+
 def _pid_of(group: Supervised, name: str) -> int:
-    return next(int(note["pid"]) for note in group.notes() if note["name"] == name)
+    return next(int(note["pid"]) for note in group.notes() if note["name"].startswith(name))

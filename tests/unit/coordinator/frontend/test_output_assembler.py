@@ -265,3 +265,31 @@ def test_push_after_the_end_is_a_bug_of_the_caller() -> None:
     assembler.push([], True)
     with pytest.raises(AssertionError, match="after finished"):
         assembler.push([1], False)
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_ids_through_stop_are_those_up_to_the_one_that_completes_it(size: int) -> None:
+    ids = _byte_ids("one two three")
+    batches = [ids[start : start + size] for start in range(0, len(ids), size)]
+    through = OutputAssembler(_tokenizer(), stops=["o t"], ids_through_stop=True)
+    deltas = _run(through, batches)
+    assert through.matched_stop == "o t"
+    assert _all_ids(deltas) == ids[: len("one two t")]
+    assert through.num_output_tokens == len("one two t")
+    before = OutputAssembler(_tokenizer(), stops=["o t"])
+    assert _all_ids(_run(before, batches)) == ids[: len("one tw")]
+    assert _text(deltas) == "one tw"
+
+
+def test_ids_through_stop_end_with_a_token_that_goes_on_behind_it() -> None:
+    ids = _ids("hello world")
+    inside = next(
+        _tokenizer().token_bytes(token_id).decode()
+        for token_id in ids
+        if len(_tokenizer().token_bytes(token_id)) > 2
+    )[1:-1]
+    assembler = OutputAssembler(_tokenizer(), stops=[inside], ids_through_stop=True)
+    released = _all_ids(_run(assembler, [ids]))
+    assert assembler.matched_stop == inside
+    assert inside in _tokenizer().decode(released)
+    assert inside not in _tokenizer().decode(released[:-1])

@@ -29,6 +29,18 @@ def test_defaults_apply_when_nothing_is_given() -> None:
     }
 
 
+def test_a_flag_with_a_bare_meaning_may_stand_alone() -> None:
+    flags = [*FLAGS, Flag("http", str, None, "gateway", "on")]
+    for argv, value in (
+        ([], None),
+        (["--http"], "on"),
+        (["--http", "--max-num-seqs", "3"], "on"),
+        (["--http", "127.0.0.1:1"], "127.0.0.1:1"),
+    ):
+        assert parse_flags("p", flags, argv, {})["http"] == value
+    assert parse_flags("p", flags, [], {"LOCKSTEP_HTTP": "off"})["http"] == "off"
+
+
 def test_flag_beats_environment_beats_file(tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text("max-num-seqs = 3\nprefix_cache = true\n")

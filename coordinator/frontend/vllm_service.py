@@ -1,0 +1,165 @@
+"""`vllm.grpc.engine.VllmEngine`: what an existing HTTP gateway speaks, over the calls of our own.
+
+A thin translation. Requests become those of `lockstep.v1` and take the same path: the same checks,
+the same engine, the same ends. Methods that are not here answer UNIMPLEMENTED.
+"""
+
+import asyncio
+import datetime
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from typing import Any
+
+import grpc
+
+from coordinator.errors import BadRequest
+from coordinator.frontend.availability import Availability
+from coordinator.frontend.checkpoint_text import CheckpointText
+from coordinator.frontend.generate_service import GenerateService
+from coordinator.frontend.rejections import answered
+from coordinator.frontend.request_preparer import check_request_id
+from coordinator.frontend.slow_clients import SlowClientWatch
+from coordinator.frontend.tokenizer_archive import tokenizer_archive, tokenizer_chunks
+from coordinator.frontend.vllm_answer import VllmAnswer
+from coordinator.frontend.vllm_info import checkpoint_info, loads, server_info
+from coordinator.frontend.vllm_request import dialect_of, in_callers_words, lockstep_request
+from coordinator.frontend.wire import deserialiser
+from protos.lockstep.v1 import generate_pb2
+from protos.vllm_engine import vllm_engine_pb2
+
+SERVICE = "vllm.grpc.engine.VllmEngine"
+_MAX_ABORTS = 1024
+
+
+class VllmService:
+    """The calls of the protocol that we have. One a frontend; all on its event loop."""
+
+    def __init__(
+        self,
+        calls: GenerateService,
+        availability: Availability,
+        text: CheckpointText,
+        served_model_name: str,
+        slow_clients: SlowClientWatch,
+        executor: Executor,
+    ) -> None:
+        self._calls = calls
+        self._availability = availability
+        self._text = text
+        self._model = checkpoint_info(text, served_model_name)
+        self._slow_clients = slow_clients
+        self._executor = executor
+        self._started = time.monotonic()
+        self._archive = b""
+
+    def handler(self, count_rejected: Callable[[str], None]) -> grpc.GenericRpcHandler:
+        """What a server is given to serve these calls; `count_rejected` is told of refusals."""
+        stream, unary = grpc.unary_stream_rpc_method_handler, grpc.unary_unary_rpc_method_handler
+        chunk = vllm_engine_pb2.GetTokenizerChunk
+        calls: dict[str, tuple[Any, Callable[[Any, Any], Awaitable[Any]], Any]] = {
+            "Generate": (stream, self.generate, vllm_engine_pb2.GenerateResponse),
+            "Abort": (unary, self.abort, vllm_engine_pb2.AbortResponse),
+            "HealthCheck": (unary, self.health_check, vllm_engine_pb2.HealthCheckResponse),
+            "GetModelInfo": (unary, self.get_model_info, vllm_engine_pb2.GetModelInfoResponse),
+            "GetServerInfo": (unary, self.get_server_info, vllm_engine_pb2.GetServerInfoResponse),
+            "GetLoads": (unary, self.get_loads, vllm_engine_pb2.GetLoadsResponse),
+            "GetTokenizer": (stream, self.get_tokenizer, chunk),
+        }
+        handlers = {
+            name: make(
+                answered(method, count_rejected if name == "Generate" else _count_nothing),
+                request_deserializer=deserialiser(getattr(vllm_engine_pb2, f"{name}Request")),
+                response_serializer=response.SerializeToString,
+            )
+            for name, (make, method, response) in calls.items()
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    async def generate(self, request: vllm_engine_pb2.GenerateRequest, context: Any) -> None:
+        """Streams chunks, then one `complete` an output, whose counts are known only at the end."""
+        try:
+            asked = lockstep_request(request)
+            async with self._calls.open_call(
+                "Generate", asked, context, dialect_of(request)
+            ) as call:
+                answer = VllmAnswer(request.stream, call.num_samples)
+                async with self._slow_clients.watch(call.streams):
+                    while not call.is_done:
+                        for event in await call.next_events():
+                            chunk = answer.add(event)
+                            if chunk is not None:
+                                await context.write(chunk)
+                    await call.wait_for_times()
+                    for complete in answer.completes(call.cached_token_count):
+                        await context.write(complete)
+        except BadRequest as error:
+            raise in_callers_words(error) from None
+
+    async def abort(
+        self, request: vllm_engine_pb2.AbortRequest, context: Any
+    ) -> vllm_engine_pb2.AbortResponse:
+        """Ends each by its name; ids that are not in flight are nothing unusual."""
+        names = request.request_ids
+        if len(names) > _MAX_ABORTS:
+            raise BadRequest("number of request_ids", len(names), f"at most {_MAX_ABORTS}")
+        for name in names:
+            check_request_id(name)  # all or none
+        asked = (generate_pb2.AbortRequest(request_id=name) for name in names)
+        await asyncio.gather(*(self._calls.abort(one, context) for one in asked))
+        return vllm_engine_pb2.AbortResponse()
+
+    async def health_check(
+        self, request: vllm_engine_pb2.HealthCheckRequest, context: Any
+    ) -> vllm_engine_pb2.HealthCheckResponse:
+        """Healthy, or UNAVAILABLE with the cause.
+
+        An answer that says "not healthy" would let a gateway register us before we can tell what
+        the model takes, and it asks only once.
+        """
+        self._availability.require_ready()
+        return vllm_engine_pb2.HealthCheckResponse(healthy=True)
+
+    async def get_model_info(
+        self, request: vllm_engine_pb2.GetModelInfoRequest, context: Any
+    ) -> vllm_engine_pb2.GetModelInfoResponse:
+        """What the model can take; UNAVAILABLE until the group has said its limits."""
+        self._availability.require_ready()
+        response = vllm_engine_pb2.GetModelInfoResponse()
+        response.CopyFrom(self._model)
+        response.max_context_length = self._availability.max_model_len
+        response.max_req_input_len = self._availability.max_model_len - 1
+        response.vocab_size = self._availability.vocab_size
+        return response
+
+    async def get_server_info(
+        self, request: vllm_engine_pb2.GetServerInfoRequest, context: Any
+    ) -> vllm_engine_pb2.GetServerInfoResponse:
+        """The engine's last report, at most a second old."""
+        uptime = time.monotonic() - self._started
+        return server_info(self._availability.server_response, uptime)
+
+    async def get_loads(
+        self, request: vllm_engine_pb2.GetLoadsRequest, context: Any
+    ) -> vllm_engine_pb2.GetLoadsResponse:
+        """The engine's last report, at most a second old."""
+        if request.dp_rank:
+            raise BadRequest("dp_rank", request.dp_rank, "unset or 0: there is one scheduler")
+        return loads(self._availability.server_response, datetime.datetime.now(datetime.UTC))
+
+    async def get_tokenizer(
+        self, request: vllm_engine_pb2.GetTokenizerRequest, context: Any
+    ) -> None:
+        """Streams the archive, made at the first call. FAILED_PRECONDITION without a tokenizer."""
+        self._text.require_tokenizer()
+        if not self._archive:
+            loop = asyncio.get_running_loop()
+            self._archive = await loop.run_in_executor(
+                self._executor, tokenizer_archive, self._text.model_dir
+            )
+        for chunk in tokenizer_chunks(self._archive):
+            await context.write(chunk)
+
+
+def _count_nothing(reason: str) -> None:
+    """Only refused Generate calls count."""
