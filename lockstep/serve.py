@@ -281,8 +281,8 @@ def _gateway(
         return None
     if unsuited := [flag for flag in ("--tls-cert", "--api-keys") if flag in config.passed_on]:
         raise ConfigError(
-            f"--http with {unsuited[0]}: the gateway speaks to the engine in the clear and shows it "
-            "no key; leave one of them out"
+            f"--http with {unsuited[0]}: the gateway speaks to the engine in the clear and shows "
+            "it no key; leave one of them out"
         )
     require_gateway()
     metrics = config.gateway_metrics()

@@ -12,8 +12,9 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from protos.lockstep.v1 import generate_pb2
+from protos.vllm_engine import vllm_engine_pb2
 
-_FILES = (generate_pb2, health_pb2, reflection_pb2)
+_FILES = (generate_pb2, health_pb2, reflection_pb2, vllm_engine_pb2)
 _INTS = (-(2**63), -(2**31), -1000, -1, 0, 1, 2, 3, 16, 17, 255, 2**16, 2**31 - 1, 2**63 - 1)
 _FLOATS = (float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e-38, 0.5, 1.0, 2.0, 1e38)
 _TEXTS = ("", "a", "\0", "é", "\U0001f600" * 9, "<|im_end|>", "{{ 7*7 }}", "%s%n", "x" * 300)

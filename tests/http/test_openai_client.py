@@ -16,10 +16,10 @@ import psutil
 import pytest
 from tokenizers import Tokenizer
 
-from lockstep.client import Client, chat_request, ids_request
 from protos.lockstep.v1 import generate_pb2
 from protos.vllm_engine import vllm_engine_pb2
 from protos.vllm_engine.vllm_engine_pb2_grpc import VllmEngineStub
+from tests.helpers.message_client import Client, chat_request, ids_request
 from tests.helpers.served_group import ServedGroup, scrape
 
 pytestmark = [pytest.mark.http, pytest.mark.timeout(240)]  # with the start of the group

@@ -133,3 +133,18 @@ def test_every_daemon_flag_is_known_to_serve() -> None:
         assert len(names) > 5
         for name in set(names) - {"workers", "device"}:
             assert f'Flag("{name}"' in from_serve, f"--{name} of the {daemon}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--tls-cert", "c.pem", "--tls-key", "k.pem"], "--tls-cert"),
+        (["--api-keys", "keys"], "--api-keys"),
+    ],
+)
+def test_a_gateway_before_a_guarded_port_is_refused(
+    tmp_path: Path, flags: list[str], named: str
+) -> None:
+    words = ["--model", str(tmp_path), "--devices", "cpu", "--http", "127.0.0.1:0", *flags]
+    with pytest.raises(ConfigError, match=f"--http with {named}"):
+        group_spec(serve_config(words, {}), tmp_path, {})
