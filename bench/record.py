@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -11,9 +12,10 @@ import shlex
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = _PROJECT / "bench" / "results"
@@ -92,8 +94,8 @@ def _placeless(word: str) -> str:
 def report(record: Record, model: str, folder: Path | None, shown: str = "") -> None:
     """Prints the table and, last, the JSON line; keeps the line in `folder` unless it is None.
 
-    `shown` is printed in the table's place. An existing file is never overwritten
-    (FileExistsError).
+    `shown` is printed in the table's place. An existing file is never overwritten: the next of the
+    same name gets a number.
     """
     print(shown or table(record.cases))
     line = json.dumps(asdict(record))
@@ -101,12 +103,20 @@ def report(record: Record, model: str, folder: Path | None, shown: str = "") -> 
         gpu = str(record.hardware["gpu"]).replace("NVIDIA ", "").replace(" ", "-").lower()
         name = (
             f"{record.bench}_{gpu}x{record.hardware['gpus']}_{model}"
-            f"_{record.time_utc[:10]}_{record.commit[:8]}.json"
+            f"_{record.time_utc[:10]}_{record.commit[:8]}"
         )
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / name).open("x", encoding="utf-8") as file:
+        with _new_file(folder, name) as file:
             file.write(line + "\n")
     print(line, flush=True)
+
+
+def _new_file(folder: Path, name: str) -> TextIO:
+    for number in itertools.count(1):
+        suffix = f"_{number}" if number > 1 else ""
+        with suppress(FileExistsError):
+            return (folder / f"{name}{suffix}.json").open("x", encoding="utf-8")
+    raise AssertionError("numbers end")
 
 
 def table(cases: list[Case]) -> str:

@@ -50,8 +50,10 @@ def test_a_record_is_named_after_what_it_holds_and_never_overwritten(tmp_path: P
     (file,) = tmp_path.iterdir()
     assert file.name == "serving_h200x2_tiny-tp2_2026-01-02_01234567.json"
     assert json.loads(file.read_text())["cases"][0]["value"] == 2.0
-    with pytest.raises(FileExistsError):
-        report(record, "tiny-tp2", tmp_path)
+    report(_record(commit="0123456789abcdef", time_utc=record.time_utc), "tiny-tp2", tmp_path)
+    names = sorted(path.stem for path in tmp_path.iterdir())
+    assert names == [file.stem, f"{file.stem}_2"]
+    assert json.loads(file.read_text())["dirty"] is False
 
 
 @pytest.mark.parametrize(("unit", "ratio"), [("ms", "1.50x"), ("tok/s", "0.67x")])
