@@ -70,6 +70,8 @@ def _flags(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     coordinator += ["--max-queue-requests", str(options.max_queue_requests)]
     coordinator += ["--max-model-len", "1024", "--kv-cache-bytes", options.kv_cache_bytes]
     coordinator += ["--max-queue-time", str(options.max_queue_time)]
+    # One prompt a step beside all that decode: several at once would make the others wait.
+    coordinator += ["--max-batch-tokens", str(options.max_num_seqs + options.prompt_tokens)]
     return [*common, "--num-threads", str(options.num_threads)], coordinator
 
 
