@@ -1,5 +1,6 @@
 """`python -m coordinator.grammar`: started by the engine, never by hand."""
 
+import resource
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ from lockstep.daemon.parent_death import die_with_parent
 from protos.lockstep.v1 import grammar_pb2
 
 _LENGTH_BYTES = 4
+_MAX_DATA_BYTES = 4 << 30
 _FAILED_PRECONDITION = 9
 _Answer = Callable[[grammar_pb2.GrammarRequest], grammar_pb2.GrammarReply | None]
 
@@ -25,6 +27,9 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with_parent(int(engine_pid))
+    # A definition that would take more ends its process, not the host.
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (_MAX_DATA_BYTES, most))
     engine = socket.socket(fileno=int(engine_fd))
     engine.setblocking(True)
     answer = _matchers(Path(model), int(vocab_size))

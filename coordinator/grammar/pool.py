@@ -13,7 +13,7 @@ from protos.lockstep.v1 import generate_pb2, grammar_pb2
 
 _LOG = logging.getLogger(__name__)
 _START_LIMIT_S = 60.0
-_ANSWER_LIMIT_S = 10.0
+_ANSWER_LIMIT_S = 5.0
 _INVALID_ARGUMENT = 3
 _UNAVAILABLE = 14
 

@@ -1,4 +1,4 @@
-"""A grammar process that hangs or ends at some constraints; started by test_pool.py."""
+"""A grammar process that hangs, ends or takes memory at some constraints; for test_pool.py."""
 
 import os
 import sys
@@ -10,12 +10,14 @@ from protos.lockstep.v1 import grammar_pb2
 
 
 class FaultyMatchers(Matchers):
-    """Hangs when a regex says so, ends when it says that."""
+    """Does what a regex says."""
 
     def answer(self, request: grammar_pb2.GrammarRequest) -> grammar_pb2.GrammarReply | None:
         match request.open.params.regex:
             case "hang":
                 time.sleep(1000)
+            case "grow":
+                bytearray(8 << 30)
             case "end":
                 os._exit(3)
         return super().answer(request)

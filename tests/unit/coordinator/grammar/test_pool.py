@@ -106,7 +106,8 @@ def test_masks_come_for_opens_and_advances_and_processes_share_the_work(model: P
 
 
 @pytest.mark.parametrize(
-    ("fault", "problem"), [("hang", "did not answer within 1 s"), ("end", "ended")]
+    ("fault", "problem"),
+    [("hang", "did not answer within 3 s"), ("end", "ended"), ("grow", "ended")],
 )
 def test_a_constraint_that_brings_its_process_down_ends_alone(
     model: Path, fault: str, problem: str
@@ -114,7 +115,7 @@ def test_a_constraint_that_brings_its_process_down_ends_alone(
     [a, b, c] = read_tokenizer(model).tokenize_str("abc")
 
     async def script() -> None:
-        async with answers(model, command=faulty, answer_limit_s=1.0) as made:
+        async with answers(model, command=faulty, answer_limit_s=3.0) as made:
             made.open(1, "abc")
             assert await made.allowed(1) == {a}
             made.open(2, "abc")
@@ -132,6 +133,17 @@ def test_a_constraint_that_brings_its_process_down_ends_alone(
             made.pool.advance(2, b)
             assert await made.allowed(2) == {c}
             made.assert_no_more()
+
+    run(script())
+
+
+def test_a_grammar_from_which_the_compiler_does_not_come_back_ends_its_request(model: Path) -> None:
+    async def script() -> None:
+        async with answers(model, answer_limit_s=3.0) as made:
+            params = generate_pb2.SamplingParams(lark_grammar="start: /a+/ /a+/")
+            made.pool.open(1, params, [], VOCAB_SIZE)
+            key, status, message = await made.refusal()
+            assert (key, status) == (1, 3) and "did not answer within 3 s" in message
 
     run(script())
 
