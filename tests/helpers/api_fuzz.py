@@ -100,6 +100,11 @@ def _nearly_good(rng: random.Random, rpc: Rpc) -> bytes:
 
 
 def _set(rng: random.Random, message: Any, field: FieldDescriptor, depth: int) -> None:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        key, value = (field.message_type.fields_by_name[name] for name in ("key", "value"))
+        for _ in range(rng.choice((1, 2, 17, 300)) if depth < 2 else 1):
+            getattr(message, field.name)[_value(rng, key, depth)] = _value(rng, value, depth)
+        return
     if field.is_repeated:
         count = rng.choice((1, 2, 17, 300)) if depth < 2 else 1
         values = [_value(rng, field, depth) for _ in range(count)]
