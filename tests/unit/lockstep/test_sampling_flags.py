@@ -4,6 +4,8 @@ import argparse
 
 import pytest
 
+from lockstep.client import GenerateRequest, SamplingParams
+from lockstep.client.wire import request_message
 from lockstep.sampling_flags import add_sampling_flags, sampling_params
 from protos.lockstep.v1 import generate_pb2
 
@@ -11,7 +13,8 @@ from protos.lockstep.v1 import generate_pb2
 def parsed(*words: str) -> generate_pb2.SamplingParams:
     parser = argparse.ArgumentParser()
     add_sampling_flags(parser)
-    return generate_pb2.SamplingParams(**sampling_params(parser.parse_args(words)))
+    params = SamplingParams(**sampling_params(parser.parse_args(words)))
+    return request_message(GenerateRequest("", params)).sampling_params
 
 
 def test_nothing_given_is_nothing_set() -> None:
