@@ -15,7 +15,7 @@ from protos.lockstep.v1 import generate_pb2
 DETAILS_KEY = "grpc-status-details-bin"
 # Clients take 8 KiB of metadata in all.
 _MAX_DESCRIPTION_CHARS = 500
-_COUNTS = ("number of ", "length of ", "id in ")
+_COUNTS = ("number of ", "length of ", "bytes of ", "id in ")
 _PROMPT = ("prompt tokens", "tokenised prompt")
 
 

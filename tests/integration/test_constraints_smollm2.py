@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lockstep.client import chat_request
 from protos.lockstep.v1 import generate_pb2
+from tests.helpers.message_client import chat_request
 from tests.helpers.served_group import ServedGroup
 
 pytestmark = pytest.mark.timeout(300)
