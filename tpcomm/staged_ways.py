@@ -32,7 +32,8 @@ STAGED_WAYS = (
 def staged_ways(staging: Staging) -> list[CommPath]:
     """One path each, in the order of STAGED_WAYS."""
     device, limit, tables = staging.device, staging.limit_bytes, staging.tables
-    wave_bytes = tables.max_warps // NUM_WARPS * CHUNK_BYTES  # of a row, by all programs at once
+    # Of a row, by as many programs as may run, rounded down to what was seen to work: 2 MiB on H100.
+    wave_bytes = _power_of_2(tables.max_warps // NUM_WARPS * CHUNK_BYTES)
 
     def gather_out(tensor: Tensor) -> Tensor:
         shape = (tables.world_size, *tensor.shape)
@@ -74,3 +75,8 @@ def staged_ways(staging: Staging) -> list[CommPath]:
             prepare=prepare_norm,
         ),
     ]
+
+
+def _power_of_2(value: int) -> int:
+    """The largest one that is at most `value`."""
+    return 1 << (value.bit_length() - 1)
