@@ -32,7 +32,7 @@ STAGED_WAYS = (
 def staged_ways(staging: Staging) -> list[CommPath]:
     """One path each, in the order of STAGED_WAYS."""
     device, limit, tables = staging.device, staging.limit_bytes, staging.tables
-    # Of a row, by as many programs as may run, rounded down to what was seen to work: 2 MiB on H100.
+    # Of a row, by as many programs as may run, rounded down to what was seen to work (H100: 2 MiB).
     wave_bytes = _power_of_2(tables.max_warps // NUM_WARPS * CHUNK_BYTES)
 
     def gather_out(tensor: Tensor) -> Tensor:
