@@ -43,7 +43,7 @@ def test_every_alert_fires_when_it_should_and_only_then() -> None:
         ("alerting.rules.yml", "for: 10m", "for: 0m"),
         ("alerting.rules.yml", "and rate(lockstep_preemptions", "unless rate(lockstep_preemptions"),
         ("alerting.rules.yml", "> 0.05", "> 0.5"),
-        ("recording.rules.yml", 'reason="queue_full"', 'reason="draining"'),
+        ("recording.rules.yml", 'reason=~"queue_full|queue_time"', 'reason="draining"'),
         ("recording.rules.yml", "histogram_quantile(0.99", "histogram_quantile(0.5"),
     ],
 )
