@@ -143,5 +143,6 @@ def _serve(pipe: Connection, context: RankContext, environment: Mapping[str, str
             return
         try:
             pipe.send((True, function(context, *args)))
-        except BaseException:  # noqa: BLE001  told to the parent, which raises it
-            pipe.send((False, f"rank {context.rank}: {traceback.format_exc()}"))
+        except BaseException as error:  # noqa: BLE001  told to the parent, which raises it
+            traceback.print_exc()  # for who looks on: it names files, and a result names no place
+            pipe.send((False, f"rank {context.rank}: {type(error).__name__}: {error}"))

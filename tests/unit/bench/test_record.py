@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,4 @@ def test_kept_records_name_no_place_of_one_machine() -> None:
     for record in records:
         words = f"{record['command']} {record['server_command']} {record['config']}".split()
         assert not [word for word in words if word.strip("'\"{},").startswith("/")]
+        assert not re.search(r"""["' ]/[a-z]""", json.dumps(record))
