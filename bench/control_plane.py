@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cli import comma_separated, say
-from bench.daemons import Daemon, Ready, children, cpu_seconds, scrape, total
+from bench.daemons import children, cpu_seconds, scrape, start_group, total
 from bench.histogram import LogHistogram
 from bench.record import RESULTS, Case, Record, command_line, hardware, report, settings, versions
 
@@ -135,19 +135,13 @@ def _running(setting: Setting, options: argparse.Namespace) -> Iterator[Group]:
         common = ["--model", str(options.model), "--port", "0", "--metrics-port", "0"]
         worker_flags = ["--step-ms", str(setting.step_ms), "--vocab-size", str(options.vocab_size)]
         worker_flags += ["--num-blocks", "200000", "--token-text", "clock"]
-        workers = []
-        for rank in range(setting.ranks):
-            ready_file = folder / f"worker{rank}.json"
-            flags = [*common, *worker_flags]
-            workers.append(Daemon("worker.simulated", flags, ready_file, other_cores))
-            stack.callback(workers[-1].stop)
-        addresses = [worker.ready(_START_LIMIT_S).grpc for worker in workers]
-        flags = [*common, "--workers", ",".join(addresses), "--max-model-len", "4096"]
+        workers = [("worker.simulated", [*common, *worker_flags])] * setting.ranks
+        flags = [*common, "--max-model-len", "4096"]
         flags += ["--max-num-seqs", str(setting.rows), "--num-frontends", str(options.frontends)]
         flags += ["--max-batch-tokens", str(max(2048, setting.rows)), "--drain-seconds", "1"]
-        coordinator = Daemon("coordinator", flags, folder / "coordinator.json", coordinator_cores)
-        stack.callback(coordinator.stop)
-        ready: Ready = coordinator.ready(_START_LIMIT_S)
+        ready = start_group(
+            stack, folder, workers, flags, _START_LIMIT_S, coordinator_cores, other_cores
+        ).coordinator
         yield Group(ready.grpc, ready.pid, ready.metrics)
 
 

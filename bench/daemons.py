@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,38 @@ class Daemon:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(timeout=_STOP_LIMIT_S)
+
+
+@dataclass(frozen=True)
+class RunningGroup:
+    """What a coordinator and its workers, in order of rank, wrote when they were ready."""
+
+    coordinator: Ready
+    workers: list[Ready]
+
+
+def start_group(
+    stack: ExitStack,
+    folder: Path,
+    workers: Sequence[tuple[str, Sequence[str]]],
+    coordinator_flags: Sequence[str],
+    limit_s: float,
+    coordinator_cores: set[int] | None = None,
+    worker_cores: set[int] | None = None,
+) -> RunningGroup:
+    """Starts a worker a rank, (module, flags) each, and a coordinator for them.
+
+    `stack` stops them. Each is ready within `limit_s`; RuntimeError otherwise.
+    """
+    started = []
+    for rank, (module, flags) in enumerate(workers):
+        started.append(Daemon(module, flags, folder / f"worker{rank}.ready", worker_cores))
+        stack.callback(started[-1].stop)
+    ready = [worker.ready(limit_s) for worker in started]
+    flags = [*coordinator_flags, "--workers", ",".join(worker.grpc for worker in ready)]
+    coordinator = Daemon("coordinator", flags, folder / "coordinator.ready", coordinator_cores)
+    stack.callback(coordinator.stop)
+    return RunningGroup(coordinator.ready(limit_s), ready)
 
 
 def cpu_seconds(pid: int) -> float:

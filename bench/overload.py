@@ -19,7 +19,7 @@ from pathlib import Path
 import uvloop
 
 from bench.cli import say
-from bench.daemons import Daemon, Ready, children, resident_bytes, scrape, total
+from bench.daemons import children, resident_bytes, scrape, start_group, total
 from bench.open_loop import Arrivals, OpenLoop, Outcomes
 from bench.record import RESULTS, Case, Record, command_line, hardware, report, settings, versions
 
@@ -79,15 +79,8 @@ def _start(
     stack: ExitStack, options: argparse.Namespace, worker_flags: list[str], flags: list[str]
 ) -> Served:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    workers = []
-    for rank in range(options.tp):
-        workers.append(Daemon("worker", worker_flags, folder / f"worker{rank}.json", None))
-        stack.callback(workers[-1].stop)
-    addresses = ",".join(worker.ready(_START_LIMIT_S).grpc for worker in workers)
-    ready_file = folder / "coordinator.json"
-    coordinator = Daemon("coordinator", [*flags, "--workers", addresses], ready_file, None)
-    stack.callback(coordinator.stop)
-    ready: Ready = coordinator.ready(_START_LIMIT_S)
+    workers = [("worker", worker_flags)] * options.tp
+    ready = start_group(stack, folder, workers, flags, _START_LIMIT_S).coordinator
     return Served(ready.grpc, ready.metrics, [ready.pid, *children(ready.pid)])
 
 

@@ -61,7 +61,7 @@ class Client:
     async def _run_one(
         self, stub: generate_pb2_grpc.GenerateServiceStub, request: Request, started: float
     ) -> Timing:
-        call = stub.Generate(_message(request), timeout=_CALL_LIMIT_S)
+        call = stub.Generate(request_message(request), timeout=_CALL_LIMIT_S)
         first = last = gap = 0.0
         num_tokens = 0
         async for response in call:
@@ -77,7 +77,8 @@ class Client:
         return Timing(first, last, num_tokens, gap)
 
 
-def _message(request: Request) -> generate_pb2.GenerateRequest:
+def request_message(request: Request) -> generate_pb2.GenerateRequest:
+    """As it is sent."""
     return generate_pb2.GenerateRequest(
         token_ids=generate_pb2.TokenIds(ids=request.prompt_ids),
         sampling_params=generate_pb2.SamplingParams(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -22,9 +23,10 @@ from typing import Any
 import grpc
 
 from bench.cli import comma_separated
-from bench.daemons import Daemon
+from bench.daemons import start_group
 from bench.record import RESULTS, Case, Record, command_line, hardware, report, settings, versions
-from protos.lockstep.v1 import generate_pb2, generate_pb2_grpc
+from bench.requests import Request, random_prompt, request_message
+from protos.lockstep.v1 import generate_pb2_grpc
 
 _MODELS = Path(__file__).parent / "models"
 _START_LIMIT_S = 300.0
@@ -62,6 +64,7 @@ def main(argv: list[str]) -> int:
     model = _MODELS / options.model if (_MODELS / options.model).is_dir() else Path(options.model)
     vocab_size = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     max_tokens = options.max_model_len - _PROMPT_TOKENS
+    generator = random.Random(0)
     cases: list[Case] = []
     lines: list[str] = []
     with ExitStack() as stack:
@@ -69,7 +72,11 @@ def main(argv: list[str]) -> int:
         address, pid = _start(stack, folder, model, options)
         for number, batch_size in enumerate(options.batch_sizes):
             path = folder / f"{number}.json"
-            trace = read_trace(_record(address, pid, path, batch_size, vocab_size, max_tokens))
+            requests = [
+                Request(random_prompt(generator, _PROMPT_TOKENS, vocab_size), max_tokens)
+                for _ in range(batch_size)
+            ]
+            trace = read_trace(_record(address, pid, path, requests))
             lines += _table(batch_size, trace)
             cases += _cases(model.name, options, batch_size, trace)
     record = Record(
@@ -92,32 +99,22 @@ def _start(
 ) -> tuple[str, int]:
     """The public API's address and the process id of rank 0."""
     common = ["--model", str(model), "--port", "0", "--metrics-port", "0"]
-    workers = []
-    for rank in range(options.tp):
-        module = "worker" if rank else "bench.traced_worker"
-        first = [] if rank else [str(folder), str(options.seconds)]
-        flags = [*first, *common, "--device", f"cuda:{rank}"]
-        workers.append(Daemon(module, flags, folder / f"worker{rank}.ready", None))
-        stack.callback(workers[-1].stop)
-    ready = [worker.ready(_START_LIMIT_S) for worker in workers]
-    flags = [*common, "--workers", ",".join(one.grpc for one in ready), "--load-format", "dummy"]
-    flags += ["--max-model-len", str(options.max_model_len), "--drain-seconds", "1"]
-    coordinator = Daemon("coordinator", flags, folder / "coordinator.ready", None)
-    stack.callback(coordinator.stop)
-    return coordinator.ready(_START_LIMIT_S).grpc, ready[0].pid
+    workers = [("worker", [*common, "--device", f"cuda:{rank}"]) for rank in range(options.tp)]
+    traced = [str(folder), str(options.seconds), *workers[0][1]]
+    workers[0] = ("bench.traced_worker", traced)
+    flags = [*common, "--load-format", "dummy", "--drain-seconds", "1"]
+    flags += ["--max-model-len", str(options.max_model_len)]
+    group = start_group(stack, folder, workers, flags, _START_LIMIT_S)
+    return group.coordinator.grpc, group.workers[0].pid
 
 
-def _record(
-    address: str, pid: int, path: Path, batch_size: int, vocab_size: int, max_tokens: int
-) -> Path:
+def _record(address: str, pid: int, path: Path, requests: list[Request]) -> Path:
     """Decodes a batch, has rank 0 record amid it, and ends the batch; returns the trace."""
     with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         stub = generate_pb2_grpc.GenerateServiceStub(channel)
         calls = [
-            stub.Generate(
-                _request(index, vocab_size, max_tokens), timeout=_TRACE_LIMIT_S + _START_LIMIT_S
-            )
-            for index in range(batch_size)
+            stub.Generate(request_message(request), timeout=_TRACE_LIMIT_S + _START_LIMIT_S)
+            for request in requests
         ]
         for call in calls:  # the first delta of each: from then on all decode
             while next(call).WhichOneof("event") != "delta":
@@ -132,16 +129,6 @@ def _record(
         for call in calls:
             call.cancel()
     return path
-
-
-def _request(index: int, vocab_size: int, max_tokens: int) -> generate_pb2.GenerateRequest:
-    ids = [(index * 7919 + position * 104729) % vocab_size for position in range(_PROMPT_TOKENS)]
-    return generate_pb2.GenerateRequest(
-        token_ids=generate_pb2.TokenIds(ids=ids),
-        sampling_params=generate_pb2.SamplingParams(
-            temperature=0.0, max_tokens=max_tokens, ignore_eos=True
-        ),
-    )
 
 
 def read_trace(path: Path) -> StepTrace:
