@@ -130,6 +130,33 @@ class EngineMetrics:
             self.broadcast[rank] = Histogram(_BROADCAST_BUCKETS_S)
         self.broadcast[rank].observe_one(seconds)
 
+    def histograms(self) -> tuple[tuple[str, str, Histogram], ...]:
+        """Those of requests and tokens: name without prefix, which vLLM's are too, and meaning."""
+        return (
+            ("time_to_first_token_seconds", "Arrival to first token.", self.time_to_first_token),
+            (
+                "inter_token_latency_seconds",
+                "Between a request's tokens.",
+                self.inter_token_latency,
+            ),
+            ("e2e_request_latency_seconds", "Arrival to end of a request.", self.e2e_latency),
+            ("request_queue_time_seconds", "Arrival to first chunk.", self.request_queue_time),
+            (
+                "request_prefill_time_seconds",
+                "First chunk to first token.",
+                self.request_prefill_time,
+            ),
+            ("request_decode_time_seconds", "First token to end.", self.request_decode_time),
+            ("request_inference_time_seconds", "First chunk to end.", self.request_inference_time),
+            (
+                "request_time_per_output_token_seconds",
+                "Decode time of a request by its tokens after the first.",
+                self.time_per_output_token,
+            ),
+            ("request_prompt_tokens", "Of ended requests.", self.request_prompt_tokens),
+            ("request_generation_tokens", "Of ended requests.", self.request_generation_tokens),
+        )
+
 
 class _EngineCollector(Collector):
     """Turns EngineMetrics into metric families, in the scraping thread."""
@@ -227,25 +254,7 @@ class _EngineCollector(Collector):
 
     def _histograms(self) -> Iterator[Metric]:
         metrics = self._metrics
-        for name, text, histogram in (
-            ("time_to_first_token", "Arrival to first token.", metrics.time_to_first_token),
-            ("inter_token_latency", "Between a request's tokens.", metrics.inter_token_latency),
-            ("e2e_request_latency", "Arrival to end of a request.", metrics.e2e_latency),
-            ("request_queue_time", "Arrival to first chunk.", metrics.request_queue_time),
-            ("request_prefill_time", "First chunk to first token.", metrics.request_prefill_time),
-            ("request_decode_time", "First token to end.", metrics.request_decode_time),
-            ("request_inference_time", "First chunk to end.", metrics.request_inference_time),
-            (
-                "request_time_per_output_token",
-                "Decode time of a request by its tokens after the first.",
-                metrics.time_per_output_token,
-            ),
-        ):
-            yield self._histogram(f"{name}_seconds", text, histogram)
-        for name, text, histogram in (
-            ("request_prompt_tokens", "Of ended requests.", metrics.request_prompt_tokens),
-            ("request_generation_tokens", "Of ended requests.", metrics.request_generation_tokens),
-        ):
+        for name, text, histogram in metrics.histograms():
             yield self._histogram(name, text, histogram)
         text = "From sending a command to its arrival at the rank."
         labels = ["model_name", "rank"]

@@ -73,23 +73,7 @@ class VllmCollector(Collector):
         yield family
 
     def _histograms(self) -> Iterator[Metric]:
-        metrics = self._metrics
-        for name, text, histogram in (
-            ("time_to_first_token_seconds", "From arrival.", metrics.time_to_first_token),
-            ("inter_token_latency_seconds", "Between tokens.", metrics.inter_token_latency),
-            ("request_time_per_output_token_seconds", "Mean.", metrics.time_per_output_token),
-            ("e2e_request_latency_seconds", "From arrival to end.", metrics.e2e_latency),
-            ("request_queue_time_seconds", "Waiting.", metrics.request_queue_time),
-            ("request_prefill_time_seconds", "To the first token.", metrics.request_prefill_time),
-            (
-                "request_decode_time_seconds",
-                "From first token to end.",
-                metrics.request_decode_time,
-            ),
-            ("request_inference_time_seconds", "Running.", metrics.request_inference_time),
-            ("request_prompt_tokens", "Of ended requests.", metrics.request_prompt_tokens),
-            ("request_generation_tokens", "Of ended requests.", metrics.request_generation_tokens),
-        ):
+        for name, text, histogram in self._metrics.histograms():
             family = HistogramMetricFamily(f"vllm:{name}", text, labels=_LABELS)
             family.add_metric(self._values(), histogram.cumulative(), histogram.sum)
             yield family
