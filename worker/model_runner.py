@@ -187,23 +187,7 @@ class ModelRunner:
             records = best_records(logits, slots, next_positions, sampling, comm, plan)
             advanced = self.ops.advance_best(records, slots, tables, sampling)
         else:
-            sampled = sample(
-                logits,
-                slots,
-                next_positions,
-                sampling,
-                comm,
-                sampling.vocab_start,
-                plan.variant,
-                plan.with_penalties,
-                plan.with_logprobs,
-                all_greedy=plan.all_greedy,
-                with_top_k=plan.with_top_k,
-                with_top_p=plan.with_top_p,
-                with_bias=plan.with_bias,
-                with_bad_words=plan.with_bad_words,
-                with_mask=plan.with_mask,
-            )
+            sampled = sample(logits, slots, next_positions, sampling, comm, plan)
             logprobs, top_ids = sampled.logprobs, sampled.top_ids
             top_logprobs = sampled.top_logprobs
             advanced = advance(sampled.token_ids, sampled.finite, slots, tables, sampling)

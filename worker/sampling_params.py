@@ -156,7 +156,7 @@ def _require(holds: bool, name: str, value: object, limit: str) -> None:
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Which work a step's rows need; the arguments of `sample` that the host knows.
+    """Which work a step's rows need, as the host knows.
 
     `all_greedy`, `with_top_k` and `with_top_p` only leave out work that would change nothing, so
     their defaults say "may be needed".

@@ -103,23 +103,7 @@ def sample_shard(
     plan: SamplePlan,
     comm: ThreadCommunicator,
 ) -> SampleOutput:
-    return sample(
-        local,
-        slots,
-        positions,
-        tables,
-        comm,
-        tables.vocab_start,
-        plan.variant,
-        plan.with_penalties,
-        plan.with_logprobs,
-        all_greedy=plan.all_greedy,
-        with_top_k=plan.with_top_k,
-        with_top_p=plan.with_top_p,
-        with_bias=plan.with_bias,
-        with_bad_words=plan.with_bad_words,
-        with_mask=plan.with_mask,
-    )
+    return sample(local, slots, positions, tables, comm, plan)
 
 
 def sample_rows(

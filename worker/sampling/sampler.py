@@ -8,6 +8,7 @@ so ranks cannot disagree; a row's token depends neither on the variant nor on it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,19 +37,20 @@ class SampleOutput:
 
 @dataclass(frozen=True)
 class _Step:
-    """The inputs of one call, and what its flags leave out."""
+    """The inputs of one call."""
 
     logits: Tensor  # float32 [N, V], masked and penalised
     raw: Tensor  # float32 [N, V]
     slots: Tensor
     positions: Tensor
     tables: SlotSampling
-    rows: RowParams
     comm: Communicator
-    all_greedy: bool
-    with_logprobs: bool
-    with_top_k: bool
-    with_top_p: bool
+    plan: SamplePlan
+
+    @cached_property
+    def rows(self) -> RowParams:
+        """Gathered only where it is asked for."""
+        return self.tables.rows(self.slots)
 
     def best(self, bounds: Bounds | None = None) -> BestRecord:
         """This shard's record [N] of the tokens whose scaled logits lie within `bounds`."""
@@ -59,9 +61,13 @@ class _Step:
             self.positions,
             self.tables,
             bounds=bounds,
-            all_greedy=self.all_greedy,
-            with_stats=self.with_logprobs,
+            all_greedy=self.plan.all_greedy,
+            with_stats=self.plan.with_logprobs,
         )
+
+    def gathered_best(self, bounds: Bounds | None = None) -> BestRecord:
+        """Every rank's `best`, [world_size, N]. Collective."""
+        return BestRecord(self.comm.all_gather(self.best(bounds).packed))
 
 
 @dataclass(frozen=True)
@@ -78,54 +84,26 @@ def sample(
     positions: Tensor,
     tables: SlotSampling,
     comm: Communicator,
-    vocab_start: int,
-    variant: SampleVariant,
-    with_penalties: bool,
-    with_logprobs: bool,
-    *,
-    all_greedy: bool = False,
-    with_top_k: bool = True,
-    with_top_p: bool = True,
-    with_bias: bool = False,
-    with_bad_words: bool = False,
-    with_mask: bool = False,
+    plan: SamplePlan,
 ) -> SampleOutput:
     """Sample one token for each of N rows. Collective; nothing waits for the device.
 
     `logits` float32 [N, padded_vocab] is this rank's shard, padded columns -inf; it is not
     changed. `slots` int64 [N] select parameters; `positions` int64 [N] are those of the tokens
-    being sampled. Variant and flags must be those of `plan_sample` over the rows, or stronger,
-    and the same on all ranks; they fix all shapes and launches. `with_penalties` covers the
-    minimum length too. Alternatives come with logprobs in every variant but LOCAL_BEST.
+    being sampled. `plan` must be that of `plan_sample` over the rows, or stronger, and the same on
+    all ranks; it fixes all shapes and launches. Its `with_penalties` covers the minimum length too.
+    Alternatives come with logprobs in every variant but LOCAL_BEST.
     """
-    assert vocab_start == tables.vocab_start, (vocab_start, tables.vocab_start)
-    assert logits.dtype == torch.float32 and logits.shape[1] == tables.counts.shape[1]
-    altered = restrict(logits, slots, tables.choices, with_bias, with_bad_words, with_mask)
-    if with_penalties:
-        altered = apply_penalties(altered, slots, positions, tables)
-    step = _Step(
-        logits=altered,
-        raw=logits,
-        slots=slots,
-        positions=positions,
-        tables=tables,
-        rows=tables.rows(slots),
-        comm=comm,
-        all_greedy=all_greedy,
-        with_logprobs=with_logprobs,
-        with_top_k=with_top_k and not all_greedy,
-        with_top_p=with_top_p and not all_greedy,
-    )
-    choose = _CHOOSERS[variant]
-    choice = choose(step)
+    step = _begin(logits, slots, positions, tables, comm, plan)
+    choice = _CHOOSERS[plan.variant](step)
     token_ids = torch.where(choice.finite, choice.token_ids, 0)
-    if not with_logprobs:
+    if not plan.with_logprobs:
         return SampleOutput(token_ids, choice.finite, None, None, None)
     normalizer = log_normalizer(choice.records)
     logprobs = choice.raw - normalizer
-    if variant == SampleVariant.LOCAL_BEST:
+    if plan.variant == SampleVariant.LOCAL_BEST:
         return SampleOutput(token_ids, choice.finite, logprobs, None, None)
-    keys = comm.all_gather(local_alternatives(logits, vocab_start))
+    keys = comm.all_gather(local_alternatives(logits, tables.vocab_start))
     top_ids, top_logprobs = merge_alternatives(keys, normalizer)
     return SampleOutput(token_ids, choice.finite, logprobs, top_ids, top_logprobs)
 
@@ -143,28 +121,46 @@ def best_records(
     For plans of LOCAL_BEST without logprobs; otherwise as `sample`. Collective.
     """
     assert plan.variant is SampleVariant.LOCAL_BEST and not plan.with_logprobs
+    return _begin(logits, slots, positions, tables, comm, plan).gathered_best()
+
+
+def _begin(
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    tables: SlotSampling,
+    comm: Communicator,
+    plan: SamplePlan,
+) -> _Step:
+    """Bias, masks and penalties are on the logits."""
+    assert logits.dtype == torch.float32 and logits.shape[1] == tables.counts.shape[1]
     altered = restrict(
         logits, slots, tables.choices, plan.with_bias, plan.with_bad_words, plan.with_mask
     )
     if plan.with_penalties:
         altered = apply_penalties(altered, slots, positions, tables)
-    best = local_best(altered, logits, slots, positions, tables, all_greedy=plan.all_greedy)
-    return BestRecord(comm.all_gather(best.packed))
+    return _Step(altered, logits, slots, positions, tables, comm, plan)
 
 
 def _choose_local_best(step: _Step) -> _Choice:
-    records = BestRecord(step.comm.all_gather(step.best().packed))
+    records = step.gathered_best()
     return _choose_record(records, records.value.amax(dim=0).isfinite())
 
 
 def _choose_threshold(step: _Step) -> _Choice:
-    scaled = scale_logits(step.logits, step.rows, step.all_greedy)
+    plan = step.plan
+    scaled = scale_logits(step.logits, step.rows, plan.all_greedy)
     overall_max = threshold.overall_maximum(scaled, step.comm)
     kept = threshold.kept_from(
-        scaled, step.rows, overall_max, step.comm, step.with_top_k, step.with_top_p
+        scaled,
+        step.rows,
+        overall_max,
+        step.comm,
+        plan.with_top_k and not plan.all_greedy,
+        plan.with_top_p and not plan.all_greedy,
     )
     bounds = Bounds(low=kept, high=torch.full_like(kept, torch.inf))
-    records = BestRecord(step.comm.all_gather(step.best(bounds).packed))
+    records = step.gathered_best(bounds)
     return _choose_record(records, overall_max.isfinite())
 
 
@@ -179,7 +175,7 @@ def _choose_record(records: BestRecord, finite: Tensor) -> _Choice:
 
 
 def _choose_candidate(step: _Step) -> _Choice:
-    scaled = scale_logits(step.logits, step.rows, step.all_greedy)
+    scaled = scale_logits(step.logits, step.rows, step.plan.all_greedy)
     top = candidates.local_top(scaled)
     wide = step.best(candidates.wide_bounds(top[0][:, -1], step.rows))
     local = candidates.make_candidates(
@@ -190,7 +186,7 @@ def _choose_candidate(step: _Step) -> _Choice:
         step.rows,
         step.positions,
         step.tables.vocab_start,
-        step.all_greedy,
+        step.plan.all_greedy,
     )
     gathered = candidates.Candidates.unpack(step.comm.all_gather(local.pack()))
     overall_max = gathered.values[:, :, 0].amax(dim=0)
