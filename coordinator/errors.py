@@ -25,14 +25,17 @@ class CoordinatorError(Exception):
 class BadRequest(CoordinatorError):
     """A field of a request has a value outside its limit.
 
-    `limit` says what is allowed, worded so that "must be ..." can be read before it.
+    `limit` says what is allowed, worded so that "must be ..." can be read before it; `aspect` which
+    thing about the field `value` is, worded to be read before its name ("number of").
     """
 
-    def __init__(self, field: str, value: object, limit: str) -> None:
+    def __init__(self, field: str, value: object, limit: str, aspect: str = "") -> None:
         self.field = field
         self.value = value
         self.limit = limit
-        super().__init__(f"{field} is {_shown(value)}; it must be {limit}")
+        self.aspect = aspect
+        subject = f"{aspect} {field}" if aspect else field
+        super().__init__(f"{subject} is {_shown(value)}; it must be {limit}")
 
 
 class TextUnavailable(CoordinatorError):

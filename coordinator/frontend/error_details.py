@@ -15,7 +15,6 @@ from protos.lockstep.v1 import generate_pb2
 DETAILS_KEY = "grpc-status-details-bin"
 # Clients take 8 KiB of metadata in all.
 _MAX_DESCRIPTION_CHARS = 500
-_COUNTS = ("number of ", "length of ", "bytes of ", "id in ")
 _PROMPT = ("prompt tokens", "tokenised prompt")
 
 
@@ -46,8 +45,6 @@ def status_details(
 
 def field_path(field: str) -> str:
     """Path from the request message to the field that our own words name."""
-    for words in _COUNTS:
-        field = field.removeprefix(words)
     if field.startswith(_PROMPT):
         return "prompt"
     if field.startswith("field "):  # one that has no name here

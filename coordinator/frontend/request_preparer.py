@@ -192,7 +192,7 @@ class RequestPreparer:
         num_messages = len(chat.messages)
         if not 1 <= num_messages <= limits.max_model_len:
             limit = f"at least 1 and at most {limits.max_model_len}, the tokens of the context"
-            raise BadRequest("number of chat.messages", num_messages, limit)
+            raise BadRequest("chat.messages", num_messages, limit, "number of")
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         num_chars = sum(len(part) for message in messages for part in message.values())
         check_text_length("chat.messages", num_chars, limits)
@@ -212,14 +212,14 @@ def _checked_ids(field: str, ids: Sequence[int], limits: ModelLimits) -> _Ids:
     """Looks at the number before it looks at each."""
     if len(ids) > limits.max_model_len:
         limit = f"at most {limits.max_model_len}, the tokens of the context"
-        raise BadRequest(f"number of {field}", len(ids), limit)
+        raise BadRequest(field, len(ids), limit, "number of")
     return check_token_ids(field, ids, limits)
 
 
 def _request_fields(params: generate_pb2.SamplingParams) -> RequestFields:
     num_stop_ids = len(params.stop_token_ids)
     if num_stop_ids > MAX_STOP_IDS:
-        raise BadRequest("number of stop_token_ids", num_stop_ids, f"at most {MAX_STOP_IDS}")
+        raise BadRequest("stop_token_ids", num_stop_ids, f"at most {MAX_STOP_IDS}", "number of")
     present: dict[str, Any] = {field.name: value for field, value in params.ListFields()}
     kind = params.WhichOneof("constraint")
     if kind is not None:

@@ -136,7 +136,7 @@ def resolve_sampling(
     max_tokens = _max_tokens(fields, limits, num_prompt_tokens)
     if num_resumed_tokens > max_tokens:
         limit = f"at most max_tokens, which is {max_tokens}"
-        raise BadRequest("number of resume_output_ids", num_resumed_tokens, limit)
+        raise BadRequest("resume_output_ids", num_resumed_tokens, limit, "number of")
     min_tokens = 0 if fields.min_tokens is None else fields.min_tokens
     if not 0 <= min_tokens <= max_tokens:
         limit = f"at least 0 and at most max_tokens, which is {max_tokens}"
@@ -212,7 +212,7 @@ def check_text_length(field: str, num_chars: int, limits: ModelLimits) -> None:
             f"at most {most} characters: {limits.max_model_len} tokens of context, "
             f"{limits.longest_token_chars} characters in the longest token"
         )
-        raise BadRequest(f"length of {field}", num_chars, limit)
+        raise BadRequest(field, num_chars, limit, "length of")
 
 
 def check_token_ids(
@@ -234,7 +234,7 @@ def check_prompt_length(num_prompt_tokens: int, limits: ModelLimits) -> None:
     most = limits.max_model_len - 1
     if not 1 <= num_prompt_tokens <= most:
         limit = f"at least 1 and at most {most} (max_model_len {limits.max_model_len} less 1)"
-        raise BadRequest("number of prompt tokens", num_prompt_tokens, limit)
+        raise BadRequest("prompt tokens", num_prompt_tokens, limit, "number of")
 
 
 def _max_tokens(fields: RequestFields, limits: ModelLimits, num_prompt_tokens: int) -> int:
@@ -261,7 +261,7 @@ def _stop_strings(stops: Sequence[str], limits: ModelLimits) -> tuple[str, ...]:
     if stops and limits.longest_token_chars is None:
         raise TextUnavailable("stop strings need a tokenizer, and this checkpoint has none")
     if len(stops) > MAX_STOP_STRINGS:
-        raise BadRequest("number of stop", len(stops), f"at most {MAX_STOP_STRINGS}")
+        raise BadRequest("stop", len(stops), f"at most {MAX_STOP_STRINGS}", "number of")
     for index, stop in enumerate(stops):
         if not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
             limit = f"1 to {MAX_STOP_STRING_CHARS} characters long"
@@ -271,11 +271,11 @@ def _stop_strings(stops: Sequence[str], limits: ModelLimits) -> tuple[str, ...]:
 
 def _logit_bias(bias: Mapping[int, float], limits: ModelLimits) -> tuple[tuple[int, float], ...]:
     if len(bias) > MAX_BIASED_IDS:
-        raise BadRequest("number of logit_bias", len(bias), f"at most {MAX_BIASED_IDS}")
+        raise BadRequest("logit_bias", len(bias), f"at most {MAX_BIASED_IDS}", "number of")
     for token_id, value in bias.items():
         if not 0 <= token_id < limits.vocab_size:
             limit = f"an id in the vocabulary, 0 to {limits.vocab_size - 1}"
-            raise BadRequest("id in logit_bias", token_id, limit)
+            raise BadRequest("logit_bias", token_id, limit, "id in")
         SAMPLING_RANGES["logit_bias"].check(f"logit_bias[{token_id}]", value)
     return tuple(sorted(bias.items()))
 
@@ -284,7 +284,7 @@ def _bad_words(words: Sequence[str], limits: ModelLimits) -> tuple[str, ...]:
     if words and limits.longest_token_chars is None:
         raise TextUnavailable("bad words need a tokenizer, and this checkpoint has none")
     if len(words) > MAX_BAD_WORDS:
-        raise BadRequest("number of bad_words", len(words), f"at most {MAX_BAD_WORDS}")
+        raise BadRequest("bad_words", len(words), f"at most {MAX_BAD_WORDS}", "number of")
     for index, word in enumerate(words):
         if not 1 <= len(word) <= MAX_BAD_WORD_CHARS:
             limit = f"1 to {MAX_BAD_WORD_CHARS} characters long"
@@ -306,13 +306,13 @@ def _constraint(fields: RequestFields, limits: ModelLimits) -> Constraint | None
         _check_choices(constraint.definition)
     size = len("".join(constraint.definition).encode())
     if size > MAX_CONSTRAINT_BYTES:
-        raise BadRequest(f"bytes of {constraint.kind}", size, f"at most {MAX_CONSTRAINT_BYTES}")
+        raise BadRequest(constraint.kind, size, f"at most {MAX_CONSTRAINT_BYTES}", "bytes of")
     return constraint
 
 
 def _check_choices(choices: Sequence[str]) -> None:
     if not 1 <= len(choices) <= MAX_CHOICES:
-        raise BadRequest("number of choice.choices", len(choices), f"1 to {MAX_CHOICES}")
+        raise BadRequest("choice.choices", len(choices), f"1 to {MAX_CHOICES}", "number of")
     for index, choice in enumerate(choices):
         if not choice:
             raise BadRequest(f"choice.choices[{index}]", choice, "not empty")
@@ -325,5 +325,5 @@ def _stop_ids(
     stop_ids = tuple(dict.fromkeys([*eos_token_ids, *own]))
     if len(stop_ids) > MAX_STOP_IDS:
         limit = f"at most {MAX_STOP_IDS}, of which {len(eos_token_ids)} are end-of-sequence ids"
-        raise BadRequest("number of stop_token_ids", len(stop_ids), limit)
+        raise BadRequest("stop_token_ids", len(stop_ids), limit, "number of")
     return stop_ids

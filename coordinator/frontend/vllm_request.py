@@ -47,7 +47,9 @@ def in_callers_words(error: BadRequest) -> BadRequest:
     """The same refusal with the name that the field has in `VllmEngine`."""
     for ours, theirs in _NAMES.items():
         if ours in error.field:
-            return BadRequest(error.field.replace(ours, theirs), error.value, error.limit)
+            return BadRequest(
+                error.field.replace(ours, theirs), error.value, error.limit, error.aspect
+            )
     return error
 
 

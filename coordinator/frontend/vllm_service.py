@@ -102,7 +102,7 @@ class VllmService:
         """Ends each by its name; ids that are not in flight are nothing unusual."""
         names = request.request_ids
         if len(names) > _MAX_ABORTS:
-            raise BadRequest("number of request_ids", len(names), f"at most {_MAX_ABORTS}")
+            raise BadRequest("request_ids", len(names), f"at most {_MAX_ABORTS}", "number of")
         for name in names:
             check_request_id(name)  # all or none
         asked = (generate_pb2.AbortRequest(request_id=name) for name in names)

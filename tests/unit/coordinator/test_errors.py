@@ -11,6 +11,12 @@ def test_bad_request_names_field_value_and_limit() -> None:
     assert (error.field, error.value, error.limit) == ("top_p", 1.5, "above 0 and at most 1")
 
 
+def test_what_is_bad_about_a_field_stands_before_its_name_and_is_no_part_of_it() -> None:
+    error = BadRequest("stop", 17, "at most 16", "number of")
+    assert str(error) == "number of stop is 17; it must be at most 16"
+    assert (error.field, error.aspect) == ("stop", "number of")
+
+
 def test_long_values_are_cut() -> None:
     assert "(10000 long)" in str(BadRequest("text", "x" * 10_000, "short"))
     assert len(str(BadRequest("text", "x" * 10_000, "short"))) < 150

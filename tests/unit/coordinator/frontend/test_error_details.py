@@ -130,9 +130,9 @@ def test_a_long_message_does_not_overflow_what_clients_take() -> None:
     ("named", "path"),
     [
         ("temperature", "sampling_params.temperature"),
-        ("number of stop_token_ids", "sampling_params.stop_token_ids"),
-        ("length of chat.messages", "chat.messages"),
-        ("number of prompt tokens", "prompt"),
+        ("stop_token_ids", "sampling_params.stop_token_ids"),
+        ("chat.messages", "chat.messages"),
+        ("prompt tokens", "prompt"),
         ("tokenised prompt[4]", "prompt"),
         ("request_id", "request_id"),
     ],
