@@ -21,7 +21,7 @@ from pathlib import Path
 
 import grpc
 
-from lockstep.client import CallFailed, Client, ServerInfo
+from lockstep.client import CallFailed, Client, ClientConfig, ServerInfo
 from lockstep.daemon.version import __version__
 from lockstep.redact import Redactor
 from lockstep.status import as_json, render
@@ -65,9 +65,13 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where to look. `metrics` empty: the daemons' default ports; `logs` beside the journal."""
+    """Where to look. `metrics` empty: the daemons' default ports; `logs` beside the journal.
+
+    `client`: TLS and API key for the server at `address`.
+    """
 
     address: str
+    client: ClientConfig
     metrics: Sequence[str]
     logs: Sequence[Path]
     configs: Sequence[Path]
@@ -79,7 +83,7 @@ def collect(sources: Sources, report: str, environ: Mapping[str, str]) -> Bundle
     bundle = Bundle(Redactor())
     bundle.redactor.learn(environ)
     _add_settings(bundle, sources.configs, environ)
-    server = _add_server(bundle, sources.address)
+    server = _add_server(bundle, sources.address, sources.client)
     if server is not None:
         _add_processes(bundle, server)
         _add_recorders(bundle, server)
@@ -117,9 +121,9 @@ def _variables(environ: Mapping[str, str]) -> str:
     return "".join(f"{name}={value}\n" for name, value in sorted(chosen.items()))
 
 
-def _add_server(bundle: Bundle, address: str) -> ServerInfo | None:
+def _add_server(bundle: Bundle, address: str, config: ClientConfig) -> ServerInfo | None:
     try:
-        with Client(address) as client:
+        with Client(address, config) as client:
             server, model = client.server_info(), client.model_info()
     except CallFailed as error:
         bundle.miss(f"server {address}", error)

@@ -12,12 +12,6 @@ _DEFAULT_ADDRESS = "127.0.0.1:50051"
 _KEY_VARIABLE = "LOCKSTEP_API_KEY"
 
 
-def add_address_flag(parser: argparse._ActionsContainer) -> None:
-    """Adds --address."""
-    text = f"host:port of the server (default: {_DEFAULT_ADDRESS})"
-    parser.add_argument("--address", default=_DEFAULT_ADDRESS, metavar="HOST:PORT", help=text)
-
-
 def add_connection_flags(parser: argparse.ArgumentParser) -> None:
     """As `add_reach_flags`, and --timeout, --retries and --resume."""
     group = add_reach_flags(parser)
@@ -31,7 +25,8 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
 def add_reach_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds --address, --api-key-file and --tls with its files; returns their group."""
     group = parser.add_argument_group("connection")
-    add_address_flag(group)
+    text = f"host:port of the server (default: {_DEFAULT_ADDRESS})"
+    group.add_argument("--address", default=_DEFAULT_ADDRESS, metavar="HOST:PORT", help=text)
     text = f"file that holds the API key (default: the variable {_KEY_VARIABLE}, if set)"
     group.add_argument("--api-key-file", type=Path, metavar="FILE", help=text)
     group.add_argument("--tls", action="store_true", help="encrypt, with the system's certificates")

@@ -13,7 +13,7 @@ from typing import Any
 
 from lockstep.bundle import Sources, collect
 from lockstep.comm_findings import comm_findings
-from lockstep.connection_flags import add_address_flag
+from lockstep.connection_flags import add_reach_flags, reach_config
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.errors import LockstepError
 from lockstep.findings import Finding, Status, host_findings, package_findings
@@ -73,13 +73,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "bundle", "what is needed to find out what is wrong, without secrets, as one .tar.gz"
     )
     bundle.add_argument("--bundle", type=Path, metavar="FILE", help="write it here")
-    add_address_flag(bundle)
     text = "metrics to include, of a daemon at other than its default port; repeatable"
     bundle.add_argument("--metrics", action="append", default=[], metavar="HOST:PORT", help=text)
     text = "log to include the end of; repeatable. The journal of lockstep-* always is"
     _add_paths(bundle, "--log", text)
     text = f"file of settings to include; repeatable (default: {_SETTINGS} if it is there)"
     _add_paths(bundle, "--settings", text)
+    add_reach_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -90,7 +90,12 @@ def _add_paths(group: argparse._ArgumentGroup, name: str, text: str) -> None:
 def _write_bundle(options: argparse.Namespace, report: str) -> bool:
     """Writes the archive and says what is not in it; False if it cannot be written."""
     settings = options.settings or ([_SETTINGS] if _SETTINGS.exists() else [])
-    sources = Sources(options.address, options.metrics, options.log, settings)
+    try:
+        client = reach_config(options, os.environ)
+    except LockstepError as error:
+        print(f"lockstep doctor: {error}", file=sys.stderr)
+        return False
+    sources = Sources(options.address, client, options.metrics, options.log, settings)
     bundle = collect(sources, report, os.environ)
     try:
         bundle.write(options.bundle)
