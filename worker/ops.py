@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tpcomm.norm_kernel import add_rms_norm_reference
 from worker.cpu_packing import packed_linear
 from worker.device_tables import DeviceTables
 from worker.forward_batch import PrefillChunks
@@ -94,7 +95,7 @@ def cpu_ops() -> Ops:
     """The plain torch references; they run on any device and are what the kernels must equal."""
     return Ops(
         rms_norm=norm.rms_norm_reference,
-        add_rms_norm=norm.add_rms_norm_reference,
+        add_rms_norm=add_rms_norm_reference,
         qk_norm_rope_store=qk_norm_rope_store.qk_norm_rope_store_reference,
         decode_attention=decode_attention.decode_attention_reference,
         prefill_attention=prefill_attention.prefill_attention_reference,

@@ -21,15 +21,6 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Add `x` to `residual` IN PLACE (rounded to its dtype) and return the norm of the sum.
-
-    x and residual [num_tokens, hidden_size], weight [hidden_size]; `x` is left alone.
-    """
-    residual.add_(x)
-    return functional.rms_norm(residual, (residual.shape[-1],), weight, eps)
-
-
 @jit()
 def _rms_norm_kernel(
     x_ptr,
@@ -66,7 +57,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`add_rms_norm_reference` as one kernel, one program a row."""
+    """`tpcomm.norm_kernel.add_rms_norm_reference` as one kernel, one program a row."""
     assert residual.shape == x.shape and residual.dtype == x.dtype, (residual.shape, x.shape)
     assert residual.stride(1) == 1, residual.stride()
     return _launch(x, residual, weight, eps)

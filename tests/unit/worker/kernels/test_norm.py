@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.kernels.norm import add_rms_norm_reference, rms_norm_reference
+from tpcomm.norm_kernel import add_rms_norm_reference
+from worker.kernels.norm import rms_norm_reference
 
 
 def formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:
