@@ -16,14 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tpcomm.norm_kernel import add_rms_norm_reference
 from worker.forward_batch import PrefillChunks
 from worker.kernels.embedding import embedding, embedding_reference
-from worker.kernels.norm import (
-    add_rms_norm,
-    add_rms_norm_reference,
-    rms_norm,
-    rms_norm_reference,
-)
+from worker.kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 from worker.kernels.qk_norm_rope_store import qk_norm_rope_store, qk_norm_rope_store_reference
 from worker.kernels.silu_mul import silu_mul, silu_mul_reference
 from worker.ops import cuda_ops
