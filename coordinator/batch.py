@@ -48,7 +48,7 @@ class Batch:
         self._num_preemptions = 0
         self._active: dict[int, Request] = {}  # by order: those that hold a slot
         self._prefilling: list[Request] = []
-        self._maskless: set[Request] = set()  # new, until their first mask has come
+        self._maskless: set[Request] = set()  # without a slot and without a mask to begin with
         self._masked: list[Request] = []  # whose mask has come since the last command
         self.outstanding = Outstanding()
         self._prompt_tokens = Counter[int]()  # in chunks, by step
@@ -101,17 +101,20 @@ class Batch:
 
     def mask_came(self, request: Request) -> bool:
         """A request has got its next mask; True if it was the first, and the request is queued."""
-        is_first = request in self._maskless
-        if is_first:
+        is_first = self.is_awaiting_first_mask(request)
+        if request in self._maskless:
             self._maskless.remove(request)
-            self.enqueue(request)
+            if is_first:
+                self.enqueue(request)
+            else:
+                self.queue.put_back(request)
         elif request.slot and request.num_prefilled == request.prefill_len:
             self._masked.append(request)  # a row, or about to be one
         return is_first
 
     def is_awaiting_first_mask(self, request: Request) -> bool:
         """Not in the queue yet."""
-        return request in self._maskless
+        return request in self._maskless and request.state is RequestState.WAITING
 
     def enqueue(self, request: Request) -> None:
         """Puts a new request into the queue; a sample once it can share its leader's blocks."""
@@ -251,8 +254,7 @@ class Batch:
 
     def _waiting_views(self) -> Iterator[Waiting]:
         for request in self.queue:
-            is_maskless = request.constraint is not None and request.next_mask is None
-            if is_maskless or request.ready_after_step > self.last_reported_step:
+            if request.ready_after_step > self.last_reported_step:
                 yield Waiting(request.order, request.num_to_prefill, is_ready=False)
                 continue
             cached = self.prefix_cache.find(request)
@@ -274,7 +276,10 @@ class Batch:
             request = self._active[order]
             self._leave_slot(request)
             request.preempt(self.last_step)
-            self.queue.put_back(request)
+            if request.constraint is not None and request.next_mask is None:
+                self._maskless.add(request)  # nobody else waits for a grammar process with it
+            else:
+                self.queue.put_back(request)
             self._num_preemptions += 1
 
     def _open_slot(self, chunk: Chunk) -> None:

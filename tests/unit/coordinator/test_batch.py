@@ -182,6 +182,41 @@ def test_nothing_is_granted_while_every_row_waits_for_its_mask() -> None:
     assert batch.last_step == 2 and bound.output_ids == [11, 12]
 
 
+def test_nobody_waits_behind_a_preempted_request_whose_mask_is_being_made() -> None:
+    batch = make_batch(num_blocks=7)
+    rank = Rank(batch)
+    old, bound, behind = make_request(1, [1] * 7, 16), constrained(2, 3), make_request(3, [3], 2)
+    batch.enqueue(old)
+    batch.await_mask(bound)
+    masked(batch, bound, 11)
+    while bound.state is not RequestState.PREEMPTED:
+        run(batch, rank)
+    assert bound.output_ids == [11] and batch.num_waiting == 1 and batch.num_running == 1
+    batch.finish(old)
+    batch.enqueue(behind)
+    run(batch, rank)
+    assert behind.output_ids == expected_output([3], 1), "it had room and needed no mask"
+    masked(batch, bound, 12)
+    run(batch, rank)
+    masked(batch, bound, 13)
+    run(batch, rank)
+    assert bound.output_ids == [11, 12, 13] and bound.is_finished and behind.is_finished
+
+
+def test_a_preempted_request_may_end_before_its_mask_comes() -> None:
+    batch = make_batch(num_blocks=7)
+    rank = Rank(batch)
+    bound = constrained(2, 3)
+    batch.enqueue(make_request(1, [1] * 7, 16))
+    batch.await_mask(bound)
+    masked(batch, bound, 11)
+    while bound.state is not RequestState.PREEMPTED:
+        run(batch, rank)
+    batch.finish(bound)
+    batch.check()
+    assert bound.is_finished and batch.num_waiting == 0
+
+
 def test_a_request_may_end_before_its_first_mask_comes() -> None:
     batch = make_batch()
     bound = constrained(1, 3)
