@@ -161,7 +161,7 @@ def run_stress(bench: Bench) -> None:
 def run_virtual(bench: Bench) -> None:
     for world_size in (3, 4, 8):
         replies = bench.run(
-            f"virtual {world_size}", virtual.check_virtual_ranks, world_size, limit_s=90
+            f"virtual {world_size}", virtual.check_virtual_ranks, world_size, limit_s=150
         )
         if replies is not None:
             bench.results[f"virtual_{world_size}"] = replies[0] or "exact"
