@@ -121,7 +121,7 @@ def run_time(bench: Bench) -> None:
             replies = bench.run(
                 f"{path} {num_bytes}", cases.time_all_reduce, path, num_bytes, limit_s=60
             )
-            if replies is not None:
+            if replies is not None and replies[0]:
                 row = slowest(replies)
                 factor = 2 * (bench.world_size - 1) / bench.world_size
                 row["bus_gb_s"] = round(num_bytes * factor / row["graph_us"] / 1000, 1)
