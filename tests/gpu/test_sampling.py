@@ -27,7 +27,6 @@ from worker.sampling import (
     SampleVariant,
     SlotParams,
     SlotSampling,
-    plan_sample,
     update_counts,
 )
 
@@ -36,6 +35,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 1 GPU"),
 ]
 CUDA = torch.device("cuda", 0)
+CHOICES = ("bias_ids", "bias_values", "prefixes", "last_ids", "recent", "masks")
 
 
 def make_logits(num_rows: int, vocab_size: int, seed: int) -> Tensor:
@@ -97,7 +97,7 @@ def test_broken_rows_are_reported_and_harm_no_other() -> None:
 @pytest.mark.parametrize("variant", SampleVariant)
 def test_replay_of_a_captured_step_equals_eager_on_new_inputs(variant: SampleVariant) -> None:
     rows = random_rows(8, 5000, variant, seed=4)
-    plan = replace(plan_sample([row.params for row in rows]), with_penalties=True)
+    plan = strongest_plan(variant)
     first, second = make_logits(8, 5000, 4), make_logits(8, 5000, 5)
 
     def capture_and_replay(comm: ThreadCommunicator) -> list[int]:
@@ -111,6 +111,8 @@ def test_replay_of_a_captured_step_equals_eager_on_new_inputs(variant: SampleVar
         local.copy_(fresh_local)
         tables.packed.copy_(fresh.packed)
         tables.counts.copy_(fresh.counts)
+        for name in CHOICES:
+            getattr(tables.choices, name).copy_(getattr(fresh.choices, name))
         positions.copy_(torch.tensor([row.position for row in rows]))
         graph.replay()
         return token_ids(output)
