@@ -146,16 +146,31 @@ def _running(setting: Setting, options: argparse.Namespace) -> Iterator[Group]:
 
 
 def _split_cores(num_for_coordinator: int) -> tuple[set[int] | None, set[int] | None]:
-    """Cores of the coordinator and those of everything else; None where they are shared."""
-    cores = sorted(os.sched_getaffinity(0))
+    """Cores of the coordinator and those of everything else; None where they are shared.
+
+    The coordinator gets one thread of each of its cores, and nobody the others.
+    """
     if not num_for_coordinator:
         return None, None
+    cores = _cores()
     if num_for_coordinator >= len(cores):
         raise SystemExit(
             f"--coordinator-cores {num_for_coordinator}: this host has {len(cores)} cores, and the"
             " clients need some; 0 shares them all"
         )
-    return set(cores[:num_for_coordinator]), set(cores[num_for_coordinator:])
+    own, others = cores[:num_for_coordinator], cores[num_for_coordinator:]
+    return {min(threads) for threads in own}, {cpu for threads in others for cpu in threads}
+
+
+def _cores() -> list[frozenset[int]]:
+    """The hardware threads of each core that this process may use."""
+    usable = os.sched_getaffinity(0)
+    cores: dict[str, set[int]] = {}
+    for cpu in sorted(usable):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        name = siblings.read_text() if siblings.exists() else str(cpu)
+        cores.setdefault(name, set()).add(cpu)
+    return [frozenset(threads) for threads in cores.values()]
 
 
 def _start_clients(
@@ -284,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clients", type=int, default=1000, help="connected, at least the rows")
     parser.add_argument("--processes", type=int, default=8, help="that the clients are spread over")
     parser.add_argument("--frontends", type=int, default=2)
-    parser.add_argument("--coordinator-cores", type=int, default=4, help="0: share all cores")
+    parser.add_argument("--coordinator-cores", type=int, default=4, help="0: share all")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--warm-up", type=float, default=5.0, help="seconds")
     parser.add_argument("--seconds", type=float, default=20.0, help="measured")

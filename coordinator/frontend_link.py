@@ -6,9 +6,9 @@ Frames are a 4-byte little-endian length and a FrontendMessage or EngineMessage.
 import asyncio
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Protocol
 
 from coordinator.config import CoordinatorConfig
@@ -73,11 +73,40 @@ async def open_link(
 
 
 class Process(Protocol):
-    """What is needed of asyncio.subprocess.Process."""
+    """What is needed of a child process."""
 
     async def wait(self) -> int: ...
 
     def kill(self) -> None: ...
+
+
+class ChildProcess:
+    """A child of this process, to be awaited on the event loop.
+
+    The event loop's own way to start one forks, beside threads of gRPC, and the copy may crash
+    before it becomes another program; subprocess.Popen does not fork.
+    """
+
+    def __init__(self, words: Sequence[str], pass_fds: Sequence[int] = ()) -> None:
+        self._process = subprocess.Popen(words, pass_fds=pass_fds)
+
+    async def wait(self) -> int:
+        """Its exit code, negative for a signal."""
+        if self._process.poll() is None:
+            has_ended = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            pid_fd = os.pidfd_open(self._process.pid)
+            loop.add_reader(pid_fd, has_ended.set)
+            try:
+                await has_ended.wait()
+            finally:
+                loop.remove_reader(pid_fd)
+                os.close(pid_fd)
+        return self._process.wait()
+
+    def kill(self) -> None:
+        """Does nothing to one that has ended."""
+        self._process.kill()
 
 
 class FrontendProcess:
@@ -108,8 +137,7 @@ class FrontendProcess:
     async def kill(self) -> None:
         """Ends it now."""
         self.link.close()
-        with suppress(ProcessLookupError):
-            self._process.kill()
+        self._process.kill()
         await self._process.wait()
 
 
@@ -128,10 +156,8 @@ async def start_frontend(
     """Starts `python -m coordinator.frontend` at the other end of a socket pair."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
-        process = await asyncio.create_subprocess_exec(
-            *frontend_command(config, theirs.fileno(), port),
-            pass_fds=(theirs.fileno(),),
-        )
+        command = frontend_command(config, theirs.fileno(), port)
+        process = ChildProcess(command, (theirs.fileno(),))
     return FrontendProcess(await open_link(index, ours, take_message), process)
 
 

@@ -1,14 +1,16 @@
 """Frames between engine and frontend, and frontends that misbehave."""
 
 import asyncio
+import os
 import signal
 import socket
+import sys
 
 import pytest
 
 from coordinator import frontend_link
 from coordinator.errors import FrontendLost
-from coordinator.frontend_link import FrontendLink, FrontendProcess, open_link
+from coordinator.frontend_link import ChildProcess, FrontendLink, FrontendProcess, open_link
 from protos.lockstep.v1 import engine_pb2
 from tests.helpers.engine_harness import LIMIT_S
 
@@ -104,5 +106,23 @@ def test_a_frontend_that_closes_its_socket_and_hangs_is_killed(
             with pytest.raises(FrontendLost, match="frontend 3 ended with exit code -9"):
                 await frontend.run()
         link.close()
+
+    asyncio.run(run())
+
+
+def test_a_child_process_is_awaited_again_after_a_wait_that_was_given_up() -> None:
+    async def run() -> None:
+        reads, writes = os.pipe()
+        child = ChildProcess([sys.executable, "-c", f"import os; os.read({reads}, 1)"], (reads,))
+        os.close(reads)
+        try:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(child.wait(), 0.05)
+            child.kill()
+            async with asyncio.timeout(LIMIT_S):
+                assert await child.wait() == await child.wait() == -signal.SIGKILL
+            child.kill()
+        finally:
+            os.close(writes)
 
     asyncio.run(run())
