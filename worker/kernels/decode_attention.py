@@ -8,6 +8,8 @@ of one KV head share a program, so that its keys and values are read once.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,6 +21,15 @@ from worker.kernels.triton_language import jit, next_power_of_2, tl
 _MAX_SPLITS = 64
 _MIN_SPLIT_TOKENS = 128
 _PROGRAMS_PER_SM = 2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a program goes through its context: `num_tokens` at a time, `num_stages` on their way."""
+
+    num_tokens: int
+    num_warps: int = 4
+    num_stages: int = 3
 
 
 def decode_attention_reference(
@@ -207,10 +218,11 @@ def decode_attention(
     q_per_kv: int,
     q_offset: int,
     num_splits: int | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """`decode_attention_reference` as one kernel, or two where the context is split.
 
-    num_splits, a power of two, overrides `choose_num_splits`. The parts of a split context are
+    num_splits, a power of two, overrides `choose_num_splits`, and `tile` `choose_tile`. The parts of a split context are
     float32 scratch [num_rows, num_q_heads, num_splits, head_dim] from torch's allocator: part of
     the graph's pool where the call is captured.
     """
@@ -233,6 +245,7 @@ def decode_attention(
         parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
         log_sum = torch.empty(shape, dtype=torch.float32, device=q.device)
     block_dim = padded_head_dim(head_dim)
+    tile = tile or choose_tile(block_dim, q.element_size())
     _decode_attention_kernel[(num_rows, num_kv_heads, num_splits)](
         q,
         k_cache,
@@ -254,10 +267,10 @@ def decode_attention(
         BLOCK_DIM=block_dim,
         BLOCK_GROUP=max(16, next_power_of_2(q_per_kv)),
         BLOCK_SIZE=block_size,
-        TILE_TOKENS=_tile_tokens(block_dim, q.element_size()),
+        TILE_TOKENS=tile.num_tokens,
         NUM_SPLITS=num_splits,
-        num_warps=4,
-        num_stages=3,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     if log_sum is not None:
         _join_splits_kernel[(num_rows * num_q_heads,)](
@@ -278,7 +291,7 @@ def _num_sms(device: torch.device) -> int:
     return 1  # Triton's interpreter runs one program at a time
 
 
-def _tile_tokens(block_dim: int, element_size: int) -> int:
+def choose_tile(block_dim: int, element_size: int) -> Tile:
     """16 KiB of keys a tile, half of that in float32, whose products take registers instead."""
     tile_bytes = 8192 if element_size == 4 else 16384
-    return min(max(tile_bytes // (block_dim * element_size), 16), 64)
+    return Tile(min(max(tile_bytes // (block_dim * element_size), 16), 64))
