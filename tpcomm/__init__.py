@@ -18,10 +18,12 @@ from tpcomm.errors import (
 from tpcomm.factory import BACKENDS, create_communicator, create_group_id
 from tpcomm.paths import HasTable
 from tpcomm.preflight import PathReport, preflight
+from tpcomm.records import CollectiveRecord
 
 __all__ = [
     "BACKENDS",
     "DEFAULT_STAGING_BYTES",
+    "CollectiveRecord",
     "CommAborted",
     "CommError",
     "CommStats",

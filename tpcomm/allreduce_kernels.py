@@ -31,6 +31,9 @@ from tpcomm.push_protocol import (
     wipe,
     word_row,
 )
+from tpcomm.record_kernels import record_begin, record_end
+from tpcomm.records import ALL_REDUCE_MAX
+from tpcomm.size_table import ALL_REDUCE, ONE_SHOT, TWO_SHOT
 from tpcomm.staging_tables import CHUNK_BYTES, NUM_WARPS, StagingTables, vector_width
 from tpcomm.triton_language import Launch, jit, tl
 
@@ -44,11 +47,13 @@ def tpcomm_one_shot_all_reduce(
     bases_ptr,
     state_ptr,
     abort_ptr,
+    ring_ptr,
     num_vectors,
     RANK: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     NUM_STATES: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
+    CODE: tl.constexpr,
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
     IS_MAX: tl.constexpr,
@@ -67,8 +72,10 @@ def tpcomm_one_shot_all_reduce(
         base = tl.load(bases_ptr + (RANK + step) % WORLD_SIZE)
         send(word_row(base, place, RANK, SLOT_BYTES, WORD) + offsets, own_words, mask)
     word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
+    num_bytes = num_vectors * (VECTOR * word_bytes)
+    record_begin(ring_ptr, state, num_bytes, CODE)
     wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
-    end_call(state_ptr, state, num_vectors * (VECTOR * word_bytes), NUM_STATES, CHUNK)
+    end_call(state_ptr, state, num_bytes, NUM_STATES, CHUNK)
     total = receive_sum(
         word_row(own_base, place, 0, SLOT_BYTES, WORD),
         offsets,
@@ -83,6 +90,7 @@ def tpcomm_one_shot_all_reduce(
         CHUNK,
     )
     tl.store(tensor_ptr + offsets, total.to(dtype), mask=mask)
+    record_end(ring_ptr, state, CODE)
 
 
 @jit(varying=("tensor_ptr", "num_elements"))
@@ -91,11 +99,13 @@ def tpcomm_one_shot_integer_all_reduce(
     bases_ptr,
     state_ptr,
     abort_ptr,
+    ring_ptr,
     num_elements,
     RANK: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     NUM_STATES: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
+    CODE: tl.constexpr,
     CHUNK: tl.constexpr,
     IS_MAX: tl.constexpr,
     HALVES: tl.constexpr,
@@ -115,6 +125,7 @@ def tpcomm_one_shot_integer_all_reduce(
         send(row, values & 0xFFFFFFFF, mask)
         if HALVES == 2:
             send(row + CHUNK, (values >> 32) & 0xFFFFFFFF, mask)
+    record_begin(ring_ptr, state, num_elements * (HALVES * 4), CODE)
     wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK)
     used = tl.num_programs(0) * (CHUNK * HALVES * 8)
     end_call(state_ptr, state, used, NUM_STATES, CHUNK)
@@ -134,6 +145,7 @@ def tpcomm_one_shot_integer_all_reduce(
         else:
             total += part
     tl.store(tensor_ptr + offsets, total.to(dtype), mask=mask)
+    record_end(ring_ptr, state, CODE)
 
 
 @jit(varying=("tensor_ptr", "num_vectors", "slice_vectors"))
@@ -142,12 +154,14 @@ def tpcomm_two_shot_all_reduce(
     bases_ptr,
     state_ptr,
     abort_ptr,
+    ring_ptr,
     num_vectors,
     slice_vectors,
     RANK: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     NUM_STATES: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
+    CODE: tl.constexpr,
     PADDED_WORLD: tl.constexpr,
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -178,6 +192,7 @@ def tpcomm_two_shot_all_reduce(
     own_words = float_words(tl.load(tensor_ptr + own_index, mask=mask, other=0.0), WORD)
     word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
     row_words: tl.constexpr = SLOT_BYTES // word_bytes
+    record_begin(ring_ptr, state, num_vectors * (VECTOR * word_bytes), CODE)
     wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
     end_call(state_ptr, state, results * (2 * word_bytes), NUM_STATES, CHUNK)
     first_row = word_row(own_base, place, 0, SLOT_BYTES, WORD)
@@ -200,6 +215,7 @@ def tpcomm_two_shot_all_reduce(
     )
     target = tensor_ptr + owners * slice_len + offsets[None, :]
     tl.store(target, gathered.to(dtype, bitcast=True), mask=arrives)
+    record_end(ring_ptr, state, CODE)
 
 
 @dataclass(frozen=True)
@@ -267,9 +283,10 @@ def one_shot_launch(
     assert 0 < one_shot_bytes(tensor) <= tables.slot_bytes, (tensor.shape, tables.slot_bytes)
     num_programs = -(-one_shot_bytes(tensor) // tile.num_bytes)
     assert tables.fits(num_programs, tile.num_warps), num_programs
-    addresses = (tensor, tables.bases, tables.state, tables.abort_word)
-    sizes = (tables.slot_bytes, tables.state.numel(), tables.world_size)
+    addresses = (tensor, *tables.addresses)
     is_max = op == ReduceOp.MAX
+    code = tables.code(ALL_REDUCE_MAX if is_max else ALL_REDUCE, ONE_SHOT)
+    sizes = (tables.slot_bytes, tables.state.numel(), tables.world_size, code)
     shape: tuple[object, ...]
     arguments: tuple[object, ...]
     if tensor.dtype not in _FLOATS:
@@ -297,21 +314,21 @@ def two_shot_launch(
     assert tables.fits(num_programs, tile.num_warps), num_programs
     vector = vector_width(tensor)
     num_vectors = tensor.numel() // vector
+    is_max = op == ReduceOp.MAX
     arguments = (
         tensor,
-        tables.bases,
-        tables.state,
-        tables.abort_word,
+        *tables.addresses,
         num_vectors,
         -(-num_vectors // world_size),
         tables.rank,
         tables.slot_bytes,
         tables.state.numel(),
         world_size,
+        tables.code(ALL_REDUCE_MAX if is_max else ALL_REDUCE, TWO_SHOT),
         1 << (world_size - 1).bit_length(),
         tile.num_bytes // tensor.dtype.itemsize,
         vector,
-        op == ReduceOp.MAX,
+        is_max,
         word_type(tensor.dtype),
     )
     return Launch(tpcomm_two_shot_all_reduce, arguments, num_programs, tile.num_warps)

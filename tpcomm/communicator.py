@@ -8,28 +8,20 @@ updates the residual in place and returns a new tensor. Tensors are contiguous.
 from __future__ import annotations
 
 import enum
-import functools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from tpcomm.records import CollectiveRecord
 
 REDUCIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64)
 DEFAULT_STAGING_BYTES = 4 << 20
 
 
-class _Measured(Protocol):
-    stats: CommStats
-
-
 AddRmsNorm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-S = TypeVar("S", bound=_Measured)
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class ReduceOp(enum.IntEnum):
@@ -63,9 +55,6 @@ class CommStats:
     broadcast: OpStats = field(default_factory=OpStats)
     barrier: OpStats = field(default_factory=OpStats)
     seconds: float | None = None
-
-    def add_seconds(self, seconds: float) -> None:
-        self.seconds = (self.seconds or 0.0) + seconds
 
 
 class Communicator(Protocol):
@@ -125,6 +114,17 @@ class Communicator(Protocol):
         """Return once every rank has called; CommTimeout after `timeout_s` seconds."""
         ...
 
+    def recorded(self) -> list[CollectiveRecord]:
+        """The last collectives of this rank, in the order they began; replays of graphs too.
+
+        From any thread, also while a collective hangs; it takes at most about a second. What an
+        abort has freed looks as if it had ended: read before aborting.
+
+        Raises:
+            CommTimeout: a device did not answer in that time.
+        """
+        ...
+
     def abort(self) -> None:
         """Give up, from any thread: collectives that hang raise CommAborted. Never blocks."""
         ...
@@ -132,20 +132,6 @@ class Communicator(Protocol):
     def close(self) -> None:
         """Release everything; a collective unless the communicator has failed. Idempotent."""
         ...
-
-
-def timed(collective: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Adds the time of a method that blocks until its result is there to `stats.seconds`."""
-
-    @functools.wraps(collective)
-    def measured(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        begun = time.perf_counter()
-        try:
-            return collective(self, *args, **kwargs)
-        finally:
-            self.stats.add_seconds(time.perf_counter() - begun)
-
-    return measured
 
 
 def check_layout(tensor: Tensor, device: torch.device) -> None:

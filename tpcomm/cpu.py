@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tpcomm.call_log import CallLog, logged
 from tpcomm.communicator import (
     AddRmsNorm,
-    CommStats,
     ReduceOp,
     as_bytes,
     check_layout,
@@ -26,14 +26,16 @@ from tpcomm.communicator import (
     check_root,
     describe_ranks,
     gather_output,
-    timed,
 )
 from tpcomm.errors import CommAborted, CommError, CommTimeout
 from tpcomm.norm_kernel import add_rms_norm_reference
 from tpcomm.paths import CommPath
+from tpcomm.records import ALL_REDUCE_MAX, BARRIER, BROADCAST, CollectiveRecord
 from tpcomm.shm_segment import ABORT_WORD, ShmSegment, sequence_word, signature_word
+from tpcomm.size_table import ALL_GATHER, ALL_REDUCE
 
 _CPU = torch.device("cpu")
+_REDUCTIONS = (ALL_REDUCE, ALL_REDUCE_MAX)  # by ReduceOp
 _TWO_SHOT_BYTES = 384 << 10  # below it the second round costs more than it saves
 _SPIN_POLLS = 100
 _YIELD_SECONDS = 0.002
@@ -52,7 +54,8 @@ class ShmCommunicator:
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.stats = CommStats(seconds=0.0)
+        self.log = CallLog("shm")
+        self.stats = self.log.stats
         self._timeout_s = timeout_s
         self._segment = ShmSegment(name, rank, world_size, timeout_s, staging_bytes)
         self._words = self._segment.words
@@ -66,12 +69,12 @@ class ShmCommunicator:
         self._spin_polls = _SPIN_POLLS if fits else 1
         self.barrier(timeout_s)
 
-    @timed
+    @logged
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
         check_layout(tensor, _CPU)
         check_reducible(tensor)
         num_bytes = tensor.nbytes
-        self.stats.all_reduce.add(num_bytes)
+        self.log.begin(_REDUCTIONS[op], self.stats.all_reduce, num_bytes)
         if num_bytes <= self._segment.slot_bytes:
             self._reduce_chunk(tensor, op)
             return tensor
@@ -79,11 +82,11 @@ class ShmCommunicator:
             self._reduce_chunk(chunk, op)
         return tensor
 
-    @timed
+    @logged
     def all_gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         check_layout(tensor, _CPU)
         out = gather_output(tensor, out, self.world_size)
-        self.stats.all_gather.add(tensor.nbytes)
+        self.log.begin(ALL_GATHER, self.stats.all_gather, tensor.nbytes)
         if tensor.numel() == 0:
             return out
         source, target = as_bytes(tensor), out.view(self.world_size, -1).view(torch.uint8)
@@ -105,11 +108,11 @@ class ShmCommunicator:
     ) -> Tensor:
         return add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
 
-    @timed
+    @logged
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         check_layout(tensor, _CPU)
         check_root(root, self.world_size)
-        self.stats.broadcast.add(tensor.nbytes)
+        self.log.begin(BROADCAST, self.stats.broadcast, tensor.nbytes)
         if tensor.numel() == 0:
             return tensor
         for chunk in _chunks(as_bytes(tensor), self._segment.slot_bytes):
@@ -120,16 +123,19 @@ class ShmCommunicator:
             chunk.copy_(slots[root])
         return tensor
 
-    @timed
+    @logged
     def barrier(self, timeout_s: float) -> None:
         self._check_usable()
-        self.stats.barrier.add(0)
+        self.log.begin(BARRIER, self.stats.barrier, 0)
         self._begin_round(_BARRIER)
         self._end_round(timeout_s)
 
     def paths(self) -> list[CommPath]:
         """This backend's only way."""
         return [CommPath("shm", _CPU, self.all_reduce)]
+
+    def recorded(self) -> list[CollectiveRecord]:
+        return self.log.recorded()
 
     def abort(self) -> None:
         with self._lock:

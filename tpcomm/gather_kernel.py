@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tpcomm.communicator import as_bytes
 from tpcomm.push_protocol import begin_call, end_call, receive, send, wipe, word_row
+from tpcomm.record_kernels import record_begin, record_end
+from tpcomm.size_table import ALL_GATHER, STAGED
 from tpcomm.staging_tables import (
     CHUNK_BYTES,
     NUM_WARPS,
@@ -29,11 +31,13 @@ def tpcomm_all_gather(
     bases_ptr,
     state_ptr,
     abort_ptr,
+    ring_ptr,
     num_vectors,
     RANK: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     NUM_STATES: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
+    CODE: tl.constexpr,
     PADDED_WORLD: tl.constexpr,
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -50,16 +54,18 @@ def tpcomm_all_gather(
     for step in tl.static_range(1, WORLD_SIZE):
         base = tl.load(bases_ptr + (RANK + step) % WORLD_SIZE)
         send(word_row(base, place, RANK, SLOT_BYTES, tl.int16) + offsets, own_words, mask)
-    wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK // 4)
-    end_call(state_ptr, state, num_vectors * (VECTOR * 2), NUM_STATES, CHUNK)
-
     num_bytes = num_vectors * VECTOR
+    record_begin(ring_ptr, state, num_bytes, CODE)
+    wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK // 4)
+    end_call(state_ptr, state, num_bytes * 2, NUM_STATES, CHUNK)
+
     tl.store(target_ptr + RANK * num_bytes + offsets, own_words.to(tl.uint8), mask=mask)
     peers = tl.arange(0, PADDED_WORLD)[:, None]
     arrives = mask[None, :] & (peers != RANK) & (peers < WORLD_SIZE)
     rows = word_row(own_base, place, 0, SLOT_BYTES, tl.int16)
     words = receive(rows + peers * (SLOT_BYTES // 2) + offsets[None, :], arrives, abort_ptr)
     tl.store(target_ptr + peers * num_bytes + offsets[None, :], words.to(tl.uint8), mask=arrives)
+    record_end(ring_ptr, state, CODE)
 
 
 def gather_bytes(tensor: Tensor) -> int:
@@ -94,14 +100,13 @@ def gather_launch(tensor: Tensor, out: Tensor, tables: StagingTables) -> Launch:
     arguments = (
         source,
         target,
-        tables.bases,
-        tables.state,
-        tables.abort_word,
+        *tables.addresses,
         source.numel() // vector,
         tables.rank,
         tables.slot_bytes,
         tables.state.numel(),
         world_size,
+        tables.code(ALL_GATHER, STAGED),
         1 << (world_size - 1).bit_length(),
         chunk,
         vector,

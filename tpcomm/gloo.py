@@ -20,9 +20,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from tpcomm.call_log import CallLog, logged
 from tpcomm.communicator import (
     AddRmsNorm,
-    CommStats,
     ReduceOp,
     as_bytes,
     check_layout,
@@ -30,12 +30,13 @@ from tpcomm.communicator import (
     check_root,
     describe_ranks,
     gather_output,
-    timed,
 )
 from tpcomm.errors import CommAborted, CommError, CommTimeout
 from tpcomm.group_id import GroupId
 from tpcomm.norm_kernel import add_rms_norm_reference
 from tpcomm.paths import CommPath
+from tpcomm.records import ALL_REDUCE_MAX, BARRIER, BROADCAST, CollectiveRecord
+from tpcomm.size_table import ALL_GATHER, ALL_REDUCE
 
 _c10d: Any = torch.distributed  # its stubs leave out the stores and ProcessGroupGloo's methods
 _CPU = torch.device("cpu")
@@ -50,7 +51,8 @@ class GlooCommunicator:
     def __init__(self, group: GroupId, rank: int, world_size: int, timeout_s: float) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.stats = CommStats(seconds=0.0)
+        self.log = CallLog("gloo")
+        self.stats = self.log.stats
         self._timeout_s = timeout_s
         self._num_calls = 0
         self._aborted = threading.Event()
@@ -59,11 +61,12 @@ class GlooCommunicator:
         self._process_group: Any = _process_group(self._store, group, rank, world_size, timeout_s)
         self.barrier(timeout_s)
 
-    @timed
+    @logged
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
         check_layout(tensor, _CPU)
         check_reducible(tensor)
-        self.stats.all_reduce.add(tensor.nbytes)
+        operation = ALL_REDUCE if op == ReduceOp.SUM else ALL_REDUCE_MAX
+        self.log.begin(operation, self.stats.all_reduce, tensor.nbytes)
         if tensor.numel() == 0:
             return tensor
         gathered = torch.empty((self.world_size, *tensor.shape), dtype=tensor.dtype)
@@ -75,11 +78,11 @@ class GlooCommunicator:
             total.add_(part)
         return tensor.copy_(total)
 
-    @timed
+    @logged
     def all_gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         check_layout(tensor, _CPU)
         out = gather_output(tensor, out, self.world_size)
-        self.stats.all_gather.add(tensor.nbytes)
+        self.log.begin(ALL_GATHER, self.stats.all_gather, tensor.nbytes)
         if tensor.numel():
             self._gather_bytes(tensor, out)
         return out
@@ -94,11 +97,11 @@ class GlooCommunicator:
     ) -> Tensor:
         return add_rms_norm(self.all_reduce(tensor), residual, weight, eps)
 
-    @timed
+    @logged
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         check_layout(tensor, _CPU)
         check_root(root, self.world_size)
-        self.stats.broadcast.add(tensor.nbytes)
+        self.log.begin(BROADCAST, self.stats.broadcast, tensor.nbytes)
         if tensor.numel():
             options = _c10d.BroadcastOptions()
             options.rootRank = root
@@ -106,16 +109,19 @@ class GlooCommunicator:
             self._run(lambda group: group.broadcast([raw], options), self._timeout_s)
         return tensor
 
-    @timed
+    @logged
     def barrier(self, timeout_s: float) -> None:
         # An all-gather of one byte: gloo's own barrier keeps a time limit of its own.
-        self.stats.barrier.add(0)
+        self.log.begin(BARRIER, self.stats.barrier, 0)
         token = torch.zeros(1, dtype=torch.uint8)
         self._gather_bytes(token, torch.empty(self.world_size, dtype=torch.uint8), timeout_s)
 
     def paths(self) -> list[CommPath]:
         """This backend's only way."""
         return [CommPath("gloo", _CPU, self.all_reduce)]
+
+    def recorded(self) -> list[CollectiveRecord]:
+        return self.log.recorded()
 
     def abort(self) -> None:
         self._aborted.set()

@@ -17,6 +17,7 @@ from tpcomm.communicator import (
 from tpcomm.errors import CommAborted, CommError
 from tpcomm.norm_kernel import add_rms_norm_reference
 from tpcomm.paths import CommPath
+from tpcomm.records import CollectiveRecord
 
 
 class LocalCommunicator:
@@ -66,6 +67,10 @@ class LocalCommunicator:
     def paths(self) -> list[CommPath]:
         """This backend's only way."""
         return [CommPath("local", self._device, self.all_reduce)]
+
+    def recorded(self) -> list[CollectiveRecord]:
+        """Nothing: there is nobody to wait for."""
+        return []
 
     def abort(self) -> None:
         self._aborted = True

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import c_void_p
 
 import torch
@@ -32,9 +33,15 @@ from tpcomm.errors import CommAborted, CommError, CommTimeout
 from tpcomm.graph_timer import measure_in_graph
 from tpcomm.nccl_api import DATA_TYPES, DataType, Nccl, RedOp
 from tpcomm.paths import CommPath
+from tpcomm.record_kernels import begin_stamp, end_stamp
+from tpcomm.records import ALL_REDUCE_MAX, BARRIER, BROADCAST, CollectiveRecord
+from tpcomm.ring_reader import RingReader
+from tpcomm.size_table import ALL_GATHER, ALL_REDUCE
+from tpcomm.staging_tables import make_ring
 from tpcomm.triton_language import HAS_TRITON
 
 _RED_OPS = {ReduceOp.SUM: RedOp.SUM, ReduceOp.MAX: RedOp.MAX}
+_REDUCTIONS = {ReduceOp.SUM: ALL_REDUCE, ReduceOp.MAX: ALL_REDUCE_MAX}
 _POLL_SECONDS = 0.0001
 
 
@@ -42,7 +49,8 @@ class NcclCommunicator:
     """One NCCL communicator. Collectives are enqueued and return at once; safe in graph capture.
 
     Shapes that a graph captures should have been used once before capture, since NCCL connects
-    and allocates at first use.
+    and allocates at first use. Without Triton nothing is recorded; `is_recording` switches it off
+    to measure what it costs.
     """
 
     def __init__(
@@ -65,8 +73,12 @@ class NcclCommunicator:
         self._lock = threading.Lock()
         self._all_reduce = nccl.function("ncclAllReduce")
         self._token = torch.ones(1, dtype=torch.float32, device=device)
+        self.is_recording = HAS_TRITON
+        self._state = torch.zeros(1, dtype=torch.int64, device=device)
+        self._ring = make_ring(device)
         # The handle is taken by whoever destroys or aborts it, so that this happens once.
         self._handle: c_void_p | None = self._join_group(unique_id)
+        self._reader = RingReader(device) if HAS_TRITON else None
         self._warm_up()
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
@@ -75,7 +87,7 @@ class NcclCommunicator:
         self._usable()
         self.stats.all_reduce.add(tensor.nbytes)
         if tensor.numel():
-            self._enqueue_all_reduce(tensor, op)
+            self._recorded_all_reduce(tensor, op)
         return tensor
 
     def all_gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
@@ -84,7 +96,8 @@ class NcclCommunicator:
         out = gather_output(tensor, out, self.world_size)
         self.stats.all_gather.add(tensor.nbytes)
         if tensor.numel():
-            self._enqueue_all_gather(tensor, out)
+            with self._stamped(ALL_GATHER, tensor.nbytes):
+                self._enqueue_all_gather(tensor, out)
         return out
 
     def all_reduce_add_rms_norm(
@@ -108,16 +121,18 @@ class NcclCommunicator:
         if tensor.numel():
             raw = as_bytes(tensor)
             pointer, count = raw.data_ptr(), raw.numel()
-            self.nccl.function("ncclBroadcast")(
-                pointer, pointer, count, DataType.UINT8, root, handle, self._stream()
-            )
+            with self._stamped(BROADCAST, count):
+                self.nccl.function("ncclBroadcast")(
+                    pointer, pointer, count, DataType.UINT8, root, handle, self._stream()
+                )
         return tensor
 
     def barrier(self, timeout_s: float) -> None:
         """Wait on the host until every rank's current stream has reached this point."""
         self._usable()
         self.stats.barrier.add(0)
-        self._enqueue_all_reduce(self._token, ReduceOp.MAX)
+        with self._stamped(BARRIER, 0):
+            self._enqueue_all_reduce(self._token, ReduceOp.MAX)
         self.wait_stream(timeout_s, "barrier")
 
     def wait_stream(self, timeout_s: float, what: str) -> None:
@@ -140,11 +155,14 @@ class NcclCommunicator:
             CommPath(
                 "nccl",
                 self.device,
-                self._enqueue_all_reduce,
+                self._recorded_all_reduce,
                 wait=lambda timeout_s: self.wait_stream(timeout_s, "NCCL"),
                 measure=measure_in_graph,
             )
         ]
+
+    def recorded(self) -> list[CollectiveRecord]:
+        return [] if self._reader is None else self._reader.read(self._record_tables()[1])
 
     def abort(self) -> None:
         """Free kernels that hang, in a thread of its own.
@@ -209,6 +227,26 @@ class NcclCommunicator:
         total = self._token.item()
         if total != self.world_size:
             raise CommError(f"the first all-reduce gave {total}, not {self.world_size}")
+
+    def _recorded_all_reduce(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        with self._stamped(_REDUCTIONS[op], tensor.nbytes):
+            return self._enqueue_all_reduce(tensor, op)
+
+    def _record_tables(self) -> tuple[Tensor, Tensor]:
+        """State, which counts calls, and ring."""
+        return self._state, self._ring
+
+    @contextmanager
+    def _stamped(self, operation: str, num_bytes: int) -> Iterator[None]:
+        """Around NCCL's call, in stream order. One that raises stays without end."""
+        if not self.is_recording:
+            yield
+            return
+        tables = self._record_tables()
+        with torch.cuda.device(self.device):  # Triton launches on the current device
+            begin_stamp(*tables, operation, num_bytes).run()
+            yield
+            end_stamp(*tables).run()
 
     def _enqueue_all_reduce(self, tensor: Tensor, op: ReduceOp) -> Tensor:
         pointer = tensor.data_ptr()

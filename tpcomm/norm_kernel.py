@@ -25,6 +25,8 @@ from tpcomm.push_protocol import (
     wipe,
     word_row,
 )
+from tpcomm.record_kernels import record_begin, record_end
+from tpcomm.size_table import ADD_RMS_NORM, FUSED
 from tpcomm.staging_tables import StagingTables, vector_width
 from tpcomm.triton_language import Launch, jit, tl
 
@@ -52,11 +54,13 @@ def tpcomm_all_reduce_add_rms_norm(
     bases_ptr,
     state_ptr,
     abort_ptr,
+    ring_ptr,
     eps,
     RANK: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     NUM_STATES: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
+    CODE: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -76,12 +80,13 @@ def tpcomm_all_reduce_add_rms_norm(
         for step in tl.static_range(1, WORLD_SIZE):
             base = tl.load(bases_ptr + (RANK + step) % WORLD_SIZE)
             send(word_row(base, place, RANK, SLOT_BYTES, WORD) + offsets, own_words, inside)
+        word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
+        used = tl.num_programs(0) * (HIDDEN * word_bytes)
+        record_begin(ring_ptr, state, used, CODE)
     residual = tl.load(residual_ptr + offsets, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
     if WORLD_SIZE > 1:
-        word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
         wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, BLOCK * word_bytes // 8)
-        used = tl.num_programs(0) * (HIDDEN * word_bytes)
         end_call(state_ptr, state, used, NUM_STATES, BLOCK)
         total = receive_sum(
             word_row(own_base, place, 0, SLOT_BYTES, WORD),
@@ -96,6 +101,7 @@ def tpcomm_all_reduce_add_rms_norm(
             False,
             BLOCK,
         )
+        record_end(ring_ptr, state, CODE)
         x = total.to(dtype)  # as an all-reduce of its own would have stored it
     # Rounded before it is squared: later layers see the rounded sum, and so does the reference.
     x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
@@ -159,17 +165,16 @@ def fused_launch(
     block = _block(hidden_size)
     vector = vector_width(x, residual, weight, out)
     if tables is None:
-        addresses: tuple[object, ...] = (None, None, None, eps, 0, 0, 0, 1)
+        addresses: tuple[object, ...] = (None, None, None, None, eps, 0, 0, 0, 1, 0)
     else:
         addresses = (
-            tables.bases,
-            tables.state,
-            tables.abort_word,
+            *tables.addresses,
             eps,
             tables.rank,
             tables.slot_bytes,
             tables.state.numel(),
             tables.world_size,
+            tables.code(ADD_RMS_NORM, FUSED),
         )
     shape = (hidden_size, block, vector, word_type(x.dtype))
     arguments = (x, residual, weight, out, *addresses, *shape)

@@ -7,6 +7,7 @@ Device functions: called by kernels, never launched.
 
 from __future__ import annotations
 
+from tpcomm.record_kernels import next_sequence
 from tpcomm.triton_language import device_function, tl
 
 
@@ -14,17 +15,16 @@ from tpcomm.triton_language import device_function, tl
 def begin_call(state_ptr, SLOT_BYTES: tl.constexpr, WORLD_SIZE: tl.constexpr):
     """(state, offset of this call's buffer, offset of the buffer to wipe), offsets in bytes."""
     state = tl.load(state_ptr + tl.program_id(0))
-    buffer = (state >> 32).to(tl.int32)
+    buffer = (state >> 32).to(tl.int32) % 3
     before = (buffer + 2) % 3
     return state, buffer * (WORLD_SIZE * SLOT_BYTES), before * (WORLD_SIZE * SLOT_BYTES)
 
 
 @device_function
 def end_call(state_ptr, state, used_bytes, NUM_STATES: tl.constexpr, BLOCK: tl.constexpr):
-    """Move all state entries to the next buffer; `used_bytes` of each row were sent to."""
+    """Move all state entries to the next call; `used_bytes` of each row were sent to."""
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    buffer = ((state >> 32).to(tl.int32) + 1) % 3
-    fresh = (buffer.to(tl.int64) << 32) | used_bytes.to(tl.int64)
+    fresh = (next_sequence(state >> 32, 1) << 32) | used_bytes.to(tl.int64)
     tl.store(state_ptr + program, fresh)
     share = tl.cdiv(NUM_STATES - num_programs, num_programs)
     first = num_programs + program * share

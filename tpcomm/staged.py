@@ -127,6 +127,8 @@ class StagedCommunicator(NcclCommunicator):
         self._failed = False
         self._handle = self._join_group(unique_id)
         self._token.fill_(1)
+        self._state.zero_()
+        self._ring.zero_()
         self._warm_up()
         self._switched_off.clear()
         self.table = SizeTable(())
@@ -162,6 +164,12 @@ class StagedCommunicator(NcclCommunicator):
         )
         others = [gather, *([separate] if staging is not None else [])]
         return [*absent, *staged, *others, nccl]
+
+    def _record_tables(self) -> tuple[Tensor, Tensor]:
+        """One count for both ways, so that records are ordered."""
+        if self._staging is None:
+            return super()._record_tables()
+        return self._staging.tables.state, self._staging.tables.ring
 
     def _guarded(self, way: CommPath) -> CommPath:
         reason = self._switched_off.get((way.operation, way.name), "")

@@ -162,6 +162,7 @@ class Staging:
         tensor_at(self._own.address, self._own.num_bytes, self.device).fill_(_FREE)
         self.tables.state.zero_()
         self.tables.abort_word.zero_()
+        self.tables.ring.zero_()
         torch.cuda.synchronize(self.device)
 
     def _map_peer(self, peer: int, fd: int) -> int:

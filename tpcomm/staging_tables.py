@@ -15,10 +15,12 @@ each peer sent in its call n - 1, hence each peer had ended its call n - 2, in w
 buffer (n - 3) % 3 = n % 3. This needs each call to receive from every peer, and kernels of one
 rank that do not overlap, as those of one stream without programmatic launch do not.
 
-**State** is one int64 per program: which buffer is next, and how much of the one before it is to
-be wiped. Program p of P reads entry p, and all programs together write all entries; entries from
-P on are read by nobody meanwhile. Nothing on the host changes from call to call, so a replayed
-graph goes on by itself, and calls of any kind and size may follow each other.
+**State** is one int64 per program: in its high half the sequence, the number n of the next call
+(it wraps at a multiple of 3), and in its low half how much of the buffer before is to be wiped.
+Program p of P reads entry p, and all programs together write all entries; entries from P on are
+read by nobody meanwhile. Nothing on the host changes from call to call, so a replayed graph goes
+on by itself, and calls of any kind and size may follow each other. Each call leaves an entry under
+its sequence in `ring` (record_kernels).
 
 **Not too many at once.** All programs of a call poll. On two H100, 2,048 programs of 4 warps,
 which all fit the device, now and then never saw their data arrive; 1,024 always did. So a call has
@@ -35,6 +37,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpcomm.records import ENTRY_WORDS, RING_ENTRIES, pack
+
 NUM_BUFFERS = 3
 CHUNK_BYTES = 2048  # of a row, which one program of an all-reduce sends to each peer
 NUM_WARPS = 4  # per chunk: each thread moves one vector
@@ -50,14 +54,27 @@ class StagingTables:
     state: int64 [num_states], all alike between calls; as many programs may run in a call.
     max_warps: as many warps may run in a call, on all of the device together.
     abort_word: int32 [1], not zero to make every wait give up.
+    ring: int64 [RING_ENTRIES, ENTRY_WORDS], the last calls; zeros where there was none.
+    is_recording: whether calls are recorded; off to measure what that costs.
     """
 
     bases: Tensor
     state: Tensor
     abort_word: Tensor
+    ring: Tensor
     rank: int
     slot_bytes: int
     max_warps: int
+    is_recording: bool = True
+
+    @property
+    def addresses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What every kernel is given, in this order."""
+        return self.bases, self.state, self.abort_word, self.ring
+
+    def code(self, operation: str, path: str) -> int:
+        """What a kernel records, but for the bytes; 0 for nothing."""
+        return pack(operation, path, 0) if self.is_recording else 0
 
     def fits(self, num_programs: int, num_warps: int) -> bool:
         """Whether a call of so many programs, of so many warps each, may run."""
@@ -86,10 +103,16 @@ def make_tables(
         bases=torch.zeros(world_size, dtype=torch.int64, device=device),
         state=torch.zeros(slot_bytes // CHUNK_BYTES, dtype=torch.int64, device=device),
         abort_word=torch.zeros(1, dtype=torch.int32, device=device),
+        ring=make_ring(device),
         rank=rank,
         slot_bytes=slot_bytes,
         max_warps=max_warps,
     )
+
+
+def make_ring(device: torch.device) -> Tensor:
+    """A ring without entries."""
+    return torch.zeros((RING_ENTRIES, ENTRY_WORDS), dtype=torch.int64, device=device)
 
 
 def vector_width(*tensors: Tensor) -> int:

@@ -43,6 +43,11 @@ def device_function(function: Callable[..., Any]) -> Any:
     return triton.jit(function) if HAS_TRITON else function
 
 
+def constant(value: int) -> Any:
+    """Declare a number that kernels read from their module."""
+    return tl.constexpr(value) if HAS_TRITON else value
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel, its arguments in order, and how many programs of how many warps run it."""

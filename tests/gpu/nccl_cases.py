@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.unit.tpcomm.rank_pool import Rank
-from tpcomm import CommAborted, CommError, PathReport, ReduceOp, preflight
+from tpcomm import CollectiveRecord, CommAborted, CommError, PathReport, ReduceOp, preflight
 from tpcomm.bench import stress
 from tpcomm.bench.cases import check_all_dtypes
 from tpcomm.bench.rank_pool import RankContext
+from tpcomm.graph_timer import capture
 from tpcomm.staged import StagedCommunicator
 
 ABORT_LIMIT_S = 20.0
@@ -143,3 +144,49 @@ def abort_frees_the_stream(rank: Rank, backend: str, group_id: bytes, num_elemen
     except CommError as error:
         return str(error)
     return "freed, still usable"
+
+
+def records_of_a_stuck_replay(
+    rank: Rank, backend: str, group_id: bytes, num_elements: int
+) -> tuple[list[CollectiveRecord], int, bool]:
+    """The last rank does not replay: records read meanwhile, when, and whether an abort freed."""
+    comm = rank.join(backend, group_id, 30.0)
+    tensor = torch.zeros(num_elements, dtype=torch.bfloat16, device=rank.device)
+    graph = capture(lambda: comm.all_reduce(tensor), 2, ABORT_LIMIT_S)
+    for _ in range(3):
+        graph.replay()
+    comm.barrier(30.0)
+    if rank.rank == rank.world_size - 1:
+        rank.communicators[group_id] = comm  # stays away, but alive
+        return comm.recorded(), time.monotonic_ns(), True
+    graph.replay()
+    stuck = torch.cuda.current_stream().record_event()
+    deadline = time.monotonic() + ABORT_LIMIT_S
+    while comm.recorded()[-1].ended_ns and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)  # the kernel has had the time to end, had it not waited
+    begun = time.monotonic()
+    records, now_ns = comm.recorded(), time.monotonic_ns()
+    assert time.monotonic() - begun < 1.0
+    assert not stuck.query() and records[-1].ended_ns == 0, records[-3:]
+    assert 0.1e9 < now_ns - records[-1].begun_ns < ABORT_LIMIT_S * 1e9, (now_ns, records[-1])
+    comm.abort()
+    while not stuck.query() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return records, now_ns, stuck.query()
+
+
+def waits_when_the_last_rank_is_late(
+    rank: Rank, backend: str, group_id: bytes, num_elements: int
+) -> list[int]:
+    """What this rank waited in ten calls, nanoseconds of its own clock."""
+    comm = rank.shared(backend, group_id)
+    tensor = torch.zeros(num_elements, dtype=torch.bfloat16, device=rank.device)
+    for _ in range(10):
+        if rank.rank == rank.world_size - 1:
+            torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]
+        comm.all_reduce(tensor)
+    torch.cuda.synchronize()
+    records = comm.recorded()[-10:]
+    assert all(record.ended_ns for record in records)
+    return [record.ended_ns - record.begun_ns for record in records]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from coordinator.stall_report import RankRecord, report_stall
 from tests.gpu import nccl_cases
 from tests.unit.tpcomm.collective_suite import CollectiveSuite, World, make_world
 from tests.unit.tpcomm.rank_pool import RankPool
@@ -82,6 +83,25 @@ def test_staged_all_reduce_in_a_replayed_graph(world: World, num_elements: int) 
 
 def test_nccl_all_reduce_in_a_replayed_graph(world: World) -> None:
     world.run(nccl_cases.replay_graph, NCCL_ELEMENTS, 20)
+
+
+@pytest.mark.parametrize("num_elements", [STAGED_ELEMENTS, NCCL_ELEMENTS])
+def test_absent_rank_is_named_by_the_records_of_a_stuck_replay(
+    world: World, num_elements: int
+) -> None:
+    dumps = world.run_alone(nccl_cases.records_of_a_stuck_replay, num_elements)
+    assert [freed for *_, freed in dumps] == [True, True]
+    found = report_stall([RankRecord(records, now_ns) for records, now_ns, _ in dumps])
+    assert found.behind == [1], found
+    waited = dumps[0][0][-1]
+    assert (waited.operation, waited.num_bytes) == ("all_reduce", 2 * num_elements)
+    assert f"rank 1 has not issued call {waited.sequence}, all_reduce of" in found.line
+    assert "in which rank 0 waits" in found.line
+
+
+def test_late_rank_waits_least_in_the_records(world: World) -> None:
+    waits = world.run(nccl_cases.waits_when_the_last_rank_is_late, STAGED_ELEMENTS)
+    assert all(early > late for early, late in zip(*waits, strict=True)), waits
 
 
 @pytest.mark.parametrize("num_elements", [STAGED_ELEMENTS, NCCL_ELEMENTS])

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tpcomm.bench import cases, stress, torch_peer, virtual
+from tpcomm.bench import cases, recorder, stress, torch_peer, virtual
 from tpcomm.bench.rank_pool import RankPool, RanksFailed
 from tpcomm.bench.report import print_table
 from tpcomm.factory import create_group_id
@@ -30,7 +30,18 @@ SIZES = tuple(8 * _KIB << step for step in range(10))  # 8 KiB to 4 MiB
 FUSED_ROWS = (1, 2, 4, 8, 16, 32, 64)
 HIDDEN = 4096
 STAGING_BYTES = 4 << 20
-SECTIONS = ("preflight", "time", "fused", "gather", "torch", "stress", "virtual", "check", "tune")
+SECTIONS = (
+    "preflight",
+    "time",
+    "fused",
+    "gather",
+    "recorder",
+    "torch",
+    "stress",
+    "virtual",
+    "check",
+    "tune",
+)
 _ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}  # virtual ranks are streams of one GPU
 
 
@@ -151,6 +162,21 @@ def run_gather(bench: Bench) -> None:
     print_table("all-gather of 8 bytes x rows, us in a graph", rows)
 
 
+def run_recorder(bench: Bench) -> None:
+    rows = []
+    for path in recorder.PATHS:
+        for num_bytes in (8 * _KIB, 64 * _KIB, 256 * _KIB, 1024 * _KIB):
+            what = f"recorder of {path} {num_bytes}"
+            replies = bench.run(what, recorder.time_recorder, path, num_bytes, limit_s=60)
+            if replies is not None:
+                row = slowest(replies)
+                row["cost_us"] = round(row["on_us"] - row["off_us"], 2)
+                row["cost_percent"] = round(100 * row["cost_us"] / row["off_us"], 1)
+                rows.append(row)
+    bench.results["recorder"] = rows
+    print_table("what recording costs, bf16, us per call in a graph", rows)
+
+
 def run_stress(bench: Bench) -> None:
     replies = bench.run("stress", stress.replay_with_late_ranks, 10_000, limit_s=90)
     if replies is not None:
@@ -196,6 +222,7 @@ _RUN = {
     "time": run_time,
     "fused": run_fused,
     "gather": run_gather,
+    "recorder": run_recorder,
     "stress": run_stress,
     "virtual": run_virtual,
     "torch": run_torch,

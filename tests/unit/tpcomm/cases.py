@@ -293,3 +293,60 @@ def all_reduce_add_rms_norm(
         torch.testing.assert_close(normed.cpu(), expected, rtol=tolerance, atol=tolerance)
         digests += digest(normed)
     return digests, digest(updated)
+
+
+def recorded_calls(rank: Rank, backend: str, group_id: bytes) -> list[tuple[int, str, int]]:
+    """Sequence, operation and bytes of five calls; the rest is checked here."""
+    comm = rank.shared(backend, group_id)
+    comm.all_reduce(torch.ones(100, device=rank.device))
+    comm.all_reduce(torch.ones(10, device=rank.device), ReduceOp.MAX)
+    comm.all_gather(torch.ones(3, device=rank.device).long())
+    comm.broadcast(torch.ones(20, device=rank.device))
+    comm.barrier(20.0)
+    records = comm.recorded()[-5:]
+    assert rank.device.type == "cuda" or {record.path for record in records} == {backend}
+    now = time.monotonic_ns()
+    times = [value for record in records for value in (record.begun_ns, record.ended_ns)]
+    assert times == sorted(times) and times[-1] <= now, (times, now)
+    sequences = [record.sequence for record in records]
+    assert sequences == sorted(set(sequences)), sequences
+    return [(record.sequence, record.operation, record.num_bytes) for record in records]
+
+
+def record_of_a_waiting_call(
+    rank: Rank, backend: str, group_id: bytes
+) -> list[tuple[str, int, bool]]:
+    """The last rank stays away from the second call; operation, bytes and whether it ended."""
+    comm = rank.join(backend, group_id, ABORT_TIMEOUT_S)
+    comm.all_reduce(torch.ones(3, device=rank.device))
+    if rank.device.type == "cuda":
+        torch.cuda.synchronize()
+    is_absent = rank.rank == rank.world_size - 1
+    found = []
+
+    def read() -> None:
+        """From another thread, as soon as the call has begun."""
+        deadline = time.monotonic() + ABORT_TIMEOUT_S / 2
+        while not is_absent and comm.recorded()[-1].num_bytes != 28:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        found.extend(comm.recorded())
+        if not is_absent:
+            comm.abort()
+
+    if is_absent:
+        rank.communicators[group_id] = comm  # stays away, but alive
+        read()
+    else:
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            comm.all_reduce(torch.ones(7, device=rank.device))
+            if rank.device.type == "cuda":  # the call only enqueues
+                comm.barrier(ABORT_TIMEOUT_S)
+        except CommAborted:
+            pass
+        reader.join(10)
+    calls = [record for record in found if record.operation == "all_reduce"]
+    return [(record.operation, record.num_bytes, record.ended_ns != 0) for record in calls]

@@ -93,6 +93,22 @@ class CollectiveSuite:
     def test_mixed_calls_with_ranks_out_of_step(self, world: World) -> None:
         assert len(set(world.run(cases.mixed_sequence))) == 1
 
+    def test_calls_are_recorded_alike_on_all_ranks(self, world: World) -> None:
+        first, *others = world.run(cases.recorded_calls)
+        assert [what for _, *what in first] == [
+            ["all_reduce", 400],
+            ["all_reduce_max", 40],
+            ["all_gather", 24],
+            ["broadcast", 80],
+            ["barrier", 0],
+        ]
+        assert all(other == first for other in others)
+
+    def test_call_that_waits_is_recorded_without_end(self, world: World) -> None:
+        *waiting, absent = world.run_alone(cases.record_of_a_waiting_call)
+        assert absent == [("all_reduce", 12, True)]
+        assert waiting == [[("all_reduce", 12, True), ("all_reduce", 28, False)]] * len(waiting)
+
     def test_inference_mode_may_change_between_calls(self, world: World) -> None:
         world.run(cases.inference_mode)
 

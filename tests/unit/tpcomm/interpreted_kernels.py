@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.unit.tpcomm.cases import expected_reduction, make_input
 from tests.unit.tpcomm.virtual_ranks import (
     SLOT_BYTES,
+    clock_of_the_host,
     fresh_memory,
     interpreted_tables,
     run_virtual_ranks,
@@ -170,6 +171,7 @@ def body(tables: StagingTables) -> None:
 
 def main() -> None:
     run_virtual_ranks(body, int(sys.argv[1]))
+    clock_of_the_host()
     abort_frees_a_waiting_kernel()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests.unit.tpcomm.cases import expected_reduction, make_input
 from tests.unit.tpcomm.host_driver import HostDriver, tensor_at
+from tests.unit.tpcomm.virtual_ranks import clock_of_the_host
 from tpcomm import ReduceOp, staging
 from tpcomm.cuda_driver import CudaDriver
 from tpcomm.group_id import new_name
@@ -30,6 +31,8 @@ HOST = torch.device("cpu", 0)
 
 
 def without_cuda() -> None:
+    clock_of_the_host()
+
     def nothing(*arguments: object) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 

@@ -15,7 +15,7 @@ from tpcomm.nccl import NcclCommunicator
 from tpcomm.size_table import Route, SizeTable
 from tpcomm.staged import StagedCommunicator
 from tpcomm.staged_ways import STAGED_WAYS
-from tpcomm.staging_tables import CHUNK_BYTES, make_tables
+from tpcomm.staging_tables import CHUNK_BYTES, make_ring, make_tables
 
 CPU = torch.device("cpu")
 TABLE = SizeTable(
@@ -103,6 +103,8 @@ class Group:
             comm.rank, comm.world_size, comm.device, comm.timeout_s = 0, 2, CPU, 1.0
             comm.stats = CommStats()
             comm._aborted, comm._token, comm._handle = threading.Event(), torch.ones(1), None
+            comm.is_recording, comm._reader = False, None
+            comm._state, comm._ring = torch.zeros(1, dtype=torch.int64), make_ring(CPU)
 
         def reduce(comm: Any, tensor: Tensor, op: ReduceOp) -> Tensor:
             self.events.append(f"nccl {tensor.nbytes}")
