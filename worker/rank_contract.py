@@ -5,7 +5,7 @@ Nothing here, and nothing in what serves a rank (service, streams, daemon), impo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from protos.lockstep.v1 import worker_pb2
@@ -62,7 +62,7 @@ class StepExecutor(Protocol):
 
 
 class Rank(Protocol):
-    """The state of one rank. Phases run on the device thread; `abort` in any thread."""
+    """The state of one rank. Phases run on the device thread; `abort` and `recorded` in any."""
 
     phase: worker_pb2.WorkerPhase
     rank: int
@@ -122,6 +122,13 @@ class Rank(Protocol):
 
     def reset(self) -> None:
         """Leaves the epoch but for what may be kept."""
+        ...
+
+    def recorded(self) -> Sequence[worker_pb2.CollectiveRecord]:
+        """The last collectives, in the order they began. Any thread, also while one hangs.
+
+        Blocks for at most about a second, then raises one of `foreseen_errors`.
+        """
         ...
 
     def abort(self) -> None:

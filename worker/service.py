@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
@@ -44,6 +45,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._on_shutdown = on_shutdown
         self._device_thread = DeviceThread("device", rank.enter_thread)
         self._results_thread = DeviceThread("results", rank.enter_thread)
+        self._records_thread = DeviceThread("records", rank.enter_thread)
         self._epoch = 0
         self._greeting: worker_pb2.HelloRequest | None = None
         self._epoch_before = 0
@@ -166,10 +168,14 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def DumpFlightRecorder(
         self, request: worker_pb2.DumpFlightRecorderRequest, context: Context
     ) -> worker_pb2.DumpFlightRecorderResponse:
-        await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED, "this version has no flight recorder of collectives"
+        try:
+            collectives = await self._records_thread.run(self._rank.recorded)
+        except self._rank.foreseen_errors as error:
+            await context.abort(grpc.StatusCode.ABORTED, str(error))
+            raise AssertionError("abort raises") from error
+        return worker_pb2.DumpFlightRecorderResponse(
+            collectives=collectives, now_nanos=time.monotonic_ns()
         )
-        raise AssertionError("abort raises")
 
     async def Shutdown(
         self, request: worker_pb2.ShutdownRequest, context: Context
@@ -200,6 +206,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._rank.abort()
         self._device_thread.close()
         self._results_thread.close()
+        self._records_thread.close()
 
     async def _phase(
         self, epoch: int, context: Context, call: Callable[..., T], *args: object

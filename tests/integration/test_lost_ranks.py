@@ -66,6 +66,9 @@ def test_streams_end_naming_the_lost_rank_and_the_group_comes_back(
         for end in ends:
             assert re.search(rf"rank {rank} lost at step [1-9]\d*: \S+", str(end.error))
             assert f"rank {1 - rank} lost" not in str(end.error)
+            if number == STOP:
+                where = rf"rank {1 - rank} waits in call \d+, all_\w+ of \d+ bytes by shm, for \d"
+                assert re.search(rf"rank {rank} gave no record \S+; {where}", str(end.error))
         group.wait_answering(epoch)
         # The whole group restarts, so that no rank is left in a collective of the old one.
         assert not lost.is_running() and not other.is_running()

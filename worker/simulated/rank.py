@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from protos.lockstep.v1 import worker_pb2
 from worker.errors import PhaseError
@@ -109,6 +109,10 @@ class SimulatedRank:
         """Leaves the epoch."""
         self.executor = None
         self.phase = worker_pb2.WORKER_PHASE_LOADED
+
+    def recorded(self) -> Sequence[worker_pb2.CollectiveRecord]:
+        """Nothing: no tensor is carried."""
+        return ()
 
     def abort(self) -> None:
         """Wakes a step that sleeps. Any thread."""

@@ -436,10 +436,28 @@ class DumpFlightRecorderRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DumpFlightRecorderResponse(_message.Message):
-    __slots__ = ("json",)
-    JSON_FIELD_NUMBER: _ClassVar[int]
-    json: str
-    def __init__(self, json: _Optional[str] = ...) -> None: ...
+    __slots__ = ("collectives", "now_nanos")
+    COLLECTIVES_FIELD_NUMBER: _ClassVar[int]
+    NOW_NANOS_FIELD_NUMBER: _ClassVar[int]
+    collectives: _containers.RepeatedCompositeFieldContainer[CollectiveRecord]
+    now_nanos: int
+    def __init__(self, collectives: _Optional[_Iterable[_Union[CollectiveRecord, _Mapping]]] = ..., now_nanos: _Optional[int] = ...) -> None: ...
+
+class CollectiveRecord(_message.Message):
+    __slots__ = ("sequence", "operation", "path", "byte_count", "begun_nanos", "ended_nanos")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_NANOS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_NANOS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    operation: str
+    path: str
+    byte_count: int
+    begun_nanos: int
+    ended_nanos: int
+    def __init__(self, sequence: _Optional[int] = ..., operation: _Optional[str] = ..., path: _Optional[str] = ..., byte_count: _Optional[int] = ..., begun_nanos: _Optional[int] = ..., ended_nanos: _Optional[int] = ...) -> None: ...
 
 class ShutdownRequest(_message.Message):
     __slots__ = ("reason",)
