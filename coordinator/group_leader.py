@@ -11,6 +11,7 @@ from coordinator.admission import ModelLimits
 from coordinator.arrival_skew import ArrivalSkew
 from coordinator.batch import Batch, BatchLimits
 from coordinator.broadcast_time import BroadcastTime
+from coordinator.collective_skew import CollectiveSkew
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import RankLost, StartRefused
 from coordinator.failure import (
@@ -162,11 +163,14 @@ class GroupLeader:
         boot_ids = [hello.boot_id for hello in group.hellos]
         skew = ArrivalSkew(boot_ids)
         self._metrics.command_arrival_skew = skew.seconds
+        collective_skew = CollectiveSkew(config.world_size)
+        self._metrics.collective_arrival_skew = collective_skew.seconds
         loop = StepLoop(
             batch,
             self._book,
             watch,
             skew,
+            collective_skew,
             BroadcastTime(boot_ids, boot_id(), self._metrics.observe_broadcast),
             self._metrics,
             lambda command: streams.send(command),  # made below, each needs the other

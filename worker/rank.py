@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ from worker.models.spec import ModelSpec
 from worker.models.transformer import Transformer
 from worker.ops import cpu_ops, cuda_ops
 from worker.path_message import preflight_response
-from worker.record_message import collective_records
+from worker.record_message import recorded_message
 from worker.sampling.tables import SlotSampling
 from worker.sharding import ShardSpec, make_shard_spec
 from worker.step_graphs import StepGraphs
@@ -214,13 +214,13 @@ class Rank:
             worker_pb2.WORKER_PHASE_LOADED if self.loaded else worker_pb2.WORKER_PHASE_STARTED
         )
 
-    def recorded(self) -> Sequence[worker_pb2.CollectiveRecord]:
-        """The last collectives of this rank's group. Any thread.
+    def recorded(self) -> worker_pb2.DumpFlightRecorderResponse:
+        """The last collectives of this rank's group, and totals. Any thread.
 
         Raises CommTimeout if the device does not answer.
         """
         comm = self.comm
-        return [] if comm is None else collective_records(comm.recorded())
+        return recorded_message(tpcomm.Recorded() if comm is None else comm.recorded())
 
     def abort(self) -> None:
         """Frees a device thread that hangs in a collective. Any thread; never blocks."""

@@ -5,7 +5,7 @@ Nothing here, and nothing in what serves a rank (service, streams, daemon), impo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 from protos.lockstep.v1 import worker_pb2
@@ -124,8 +124,8 @@ class Rank(Protocol):
         """Leaves the epoch but for what may be kept."""
         ...
 
-    def recorded(self) -> Sequence[worker_pb2.CollectiveRecord]:
-        """The last collectives, in the order they began. Any thread, also while one hangs.
+    def recorded(self) -> worker_pb2.DumpFlightRecorderResponse:
+        """The last collectives and totals of all. Any thread, also while one hangs.
 
         Blocks for at most about a second, then raises one of `foreseen_errors`.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from protos.lockstep.v1 import worker_pb2
 from worker.errors import PhaseError
@@ -110,9 +110,9 @@ class SimulatedRank:
         self.executor = None
         self.phase = worker_pb2.WORKER_PHASE_LOADED
 
-    def recorded(self) -> Sequence[worker_pb2.CollectiveRecord]:
+    def recorded(self) -> worker_pb2.DumpFlightRecorderResponse:
         """Nothing: no tensor is carried."""
-        return ()
+        return worker_pb2.DumpFlightRecorderResponse()
 
     def abort(self) -> None:
         """Wakes a step that sleeps. Any thread."""
