@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+import urllib.request
 from collections.abc import Iterator
 
 import psutil
@@ -72,6 +73,17 @@ def test_streams_end_naming_the_lost_rank_and_the_group_comes_back(
         group.wait_answering(epoch)
         # The whole group restarts, so that no rank is left in a collective of the old one.
         assert not lost.is_running() and not other.is_running()
+
+
+def test_how_late_ranks_come_to_collectives_is_told_while_streams_run(pool: GroupPool) -> None:
+    def told() -> bool:
+        with urllib.request.urlopen(f"http://{group.metrics}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        names = ("slowest_rank", "collective_arrival_skew_seconds")
+        return all(f"lockstep_{name}{{" in text for name in names)
+
+    with pool.restartable() as group, running_streams(group.address):
+        wait_until(told, RECOVERY_LIMIT_S, group.log_text)
 
 
 @pytest.mark.parametrize("name", ["rank 1", "frontend"])
