@@ -84,11 +84,16 @@ async def quiesce(
     return await asyncio.gather(*(ask(worker) for worker in workers))
 
 
-def find_root(lost: RankLost, answers: Sequence[worker_pb2.QuiesceResponse | None]) -> RootCause:
+def find_root(
+    lost: RankLost,
+    answers: Sequence[worker_pb2.QuiesceResponse | None],
+    behind: Sequence[int] = (),
+) -> RootCause:
     """Names the rank that failed or does not answer, not the one that waited for it.
 
-    In this order: a rank that does not answer; one with an error of its own; one whose device does
-    not stop; the one that showed the loss. Among equals the one that showed it, then the lowest.
+    In this order: a rank that does not answer; one with an error of its own; one that is `behind`
+    by the ranks' records of their collectives; one whose device does not stop; the one that showed
+    the loss. Among equals the one that showed it, then the lowest.
     """
     silent = [rank for rank, answer in enumerate(answers) if answer is None]
     failed = [
@@ -99,7 +104,7 @@ def find_root(lost: RankLost, answers: Sequence[worker_pb2.QuiesceResponse | Non
     stuck = [
         rank for rank, answer in enumerate(answers) if answer is not None and not answer.is_drained
     ]
-    candidates = silent or failed or stuck or [lost.rank]
+    candidates = silent or failed or behind or stuck or [lost.rank]
     root = lost.rank if lost.rank in candidates else candidates[0]
     answer = answers[root]
     if answer is None:
@@ -111,7 +116,13 @@ def find_root(lost: RankLost, answers: Sequence[worker_pb2.QuiesceResponse | Non
         if root not in failed or answer.last_error in lost.problem:
             return RootCause(root, step, lost.problem)
         return RootCause(root, step, f"{answer.last_error} ({lost.problem})")
-    return RootCause(root, answer.last_step + 1, answer.last_error or "its device does not stop")
+    seen = f"the others wait for it (seen at rank {lost.rank}: {lost.problem})"
+    problem = answer.last_error if root in failed else ""
+    return RootCause(
+        root,
+        answer.last_step + 1,
+        problem or (seen if root in behind else answer.last_error) or "its device does not stop",
+    )
 
 
 def _has_waited(error: str) -> bool:

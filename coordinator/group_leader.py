@@ -5,11 +5,13 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from coordinator.admission import ModelLimits
 from coordinator.arrival_skew import ArrivalSkew
 from coordinator.batch import Batch, BatchLimits
 from coordinator.broadcast_time import BroadcastTime
+from coordinator.collective_skew import CollectiveSkew
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import RankLost, StartRefused
 from coordinator.failure import (
@@ -19,12 +21,14 @@ from coordinator.failure import (
     quiesce,
     shut_down_workers,
 )
+from coordinator.flight_records import collect_records
 from coordinator.group_access import GroupAccess
 from coordinator.group_status import GroupStatus
 from coordinator.metrics import EngineMetrics
 from coordinator.model_config import ModelConfig
 from coordinator.progress_watch import ProgressWatch
 from coordinator.request_book import RequestBook
+from coordinator.stall_report import StallReport, last_calls, report_stall
 from coordinator.startup import Group, Startup
 from coordinator.step_log import StepLog
 from coordinator.step_loop import StepLoop
@@ -159,11 +163,14 @@ class GroupLeader:
         boot_ids = [hello.boot_id for hello in group.hellos]
         skew = ArrivalSkew(boot_ids)
         self._metrics.command_arrival_skew = skew.seconds
+        collective_skew = CollectiveSkew(config.world_size)
+        self._metrics.collective_arrival_skew = collective_skew.seconds
         loop = StepLoop(
             batch,
             self._book,
             watch,
             skew,
+            collective_skew,
             BroadcastTime(boot_ids, boot_id(), self._metrics.observe_broadcast),
             self._metrics,
             lambda command: streams.send(command),  # made below, each needs the other
@@ -193,8 +200,11 @@ class GroupLeader:
     async def _end_epoch(self, epoch: int, lost: RankLost) -> str:
         """Does what docs/protocol.md says under "When a rank is lost"; returns what was lost."""
         self._status.lost(str(lost), lost.rank, lost.step)
+        stall = await self._examine_collectives(epoch)  # first: an abort frees what waits in them
         answers = await quiesce(self._workers, epoch)
-        root = find_root(lost, answers)
+        root = find_root(lost, answers, stall.behind if stall.is_stall else ())
+        if stall.is_stall:
+            root = replace(root, problem=f"{root.problem}; {stall.line}")
         self._metrics.rank_losses[root.rank] += 1
         self._status.rank_failed(root.rank, root.problem)
         for rank, answer in enumerate(answers):
@@ -212,6 +222,17 @@ class GroupLeader:
         is_answering = [answer is not None for answer in answers]
         await end_workers(self._workers, self._hellos, is_answering, str(root))
         return str(root)
+
+    async def _examine_collectives(self, epoch: int) -> StallReport:
+        """Reports and keeps what the ranks recorded of their last collectives."""
+        records = await collect_records(self._workers)
+        report = report_stall(records)
+        level = logging.ERROR if report.is_stall else logging.INFO
+        for line in (report.line, *report.table):
+            _LOG.log(level, "collectives: %s", line, extra={"epoch": epoch})
+        if report.is_stall:
+            self._status.stalled([report.line, *last_calls(records)])
+        return report
 
     async def _close_channels(self) -> None:
         for worker in self._workers:

@@ -30,6 +30,7 @@ class GroupStatus:
         self._cause = "starting"
         self._last_problem = ""
         self._last_loss = ""
+        self._last_stall = ""
         self._rank_errors: dict[int, str] = {}
         self._identity = (os.getpid(), start_ticks(os.getpid()), boot_id())
         self._group: Group | None = None
@@ -101,6 +102,10 @@ class GroupStatus:
         self._last_problem = self._last_loss = problem
         self._set_cause(problem)
 
+    def stalled(self, lines: Sequence[str]) -> None:
+        """What the ranks' records said of a stall; kept until the next one."""
+        self._last_stall = "\n".join(lines)
+
     def rank_failed(self, rank: int, error: str) -> None:
         """What a rank said last, or what was seen of it; kept until it says something else."""
         self._rank_errors[rank] = error
@@ -123,6 +128,7 @@ class GroupStatus:
             kv_cache_usage=batch.kv_usage if batch else 0.0,
             cause=self._cause,
             last_loss=self._last_loss,
+            last_stall=self._last_stall,
             pid=pid,
             pid_start_ticks=pid_start_ticks,
             boot_id=host_boot_id,

@@ -26,6 +26,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from coordinator.collective_skew import slowest_rank
+
 _LATENCY_BUCKETS_S = (
     *(0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06),
     *(0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0),
@@ -110,6 +112,7 @@ class EngineMetrics:
     rank_losses: Counter[int] = field(default_factory=Counter)
     rank_up: dict[int, bool] = field(default_factory=dict)
     command_arrival_skew: dict[int, float] = field(default_factory=dict)
+    collective_arrival_skew: dict[int, float] = field(default_factory=dict)
     worker_idle_seconds: dict[int, float] = field(default_factory=dict)
     startup_seconds: dict[str, float] = field(default_factory=dict)
     time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
@@ -197,12 +200,28 @@ class _EngineCollector(Collector):
         yield self._labelled_gauge(
             "command_arrival_skew_seconds", "Arrival of a command after rank 0's.", "rank", skews
         )
+        yield from self._collective_gauges()
         yield self._labelled_gauge(
             "startup_seconds",
             "Time of each phase of the last start.",
             "phase",
             metrics.startup_seconds.copy(),
         )
+
+    def _collective_gauges(self) -> Iterator[Metric]:
+        skews = self._metrics.collective_arrival_skew.copy()
+        yield self._labelled_gauge(
+            "collective_arrival_skew_seconds",
+            "Arrival in collectives after the first rank's.",
+            "rank",
+            {str(rank): skew for rank, skew in skews.items()},
+        )
+        slowest = GaugeMetricFamily(
+            "lockstep_slowest_rank", "Rank that the others wait for.", labels=["model_name"]
+        )
+        if (rank := slowest_rank(skews)) is not None:
+            slowest.add_metric([self._metrics.model_name], rank)
+        yield slowest
 
     def _labelled_gauge(
         self, name: str, text: str, label: str, values: dict[str, float]

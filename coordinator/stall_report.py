@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+_NUM_SHOWN = 8
 SEQUENCE_WRAP = 3 << 29  # tpcomm's: sequences begin anew there
 
 
@@ -45,19 +46,35 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class StallReport:
-    """line: for logs and errors. table: a line a rank. behind: the ranks that others wait for."""
+    """What the records say.
+
+    line: for logs and errors. table: a line a rank. behind: the ranks that others wait for.
+    is_stall: some rank waits in a collective, or they differ; else the fault is elsewhere.
+    """
 
     line: str
     table: Sequence[str]
     behind: Sequence[int]
+    is_stall: bool
 
 
 def report_stall(records: Sequence[RankRecord]) -> StallReport:
     """Of all ranks' records, in rank order."""
     last = {rank: record.calls[-1] for rank, record in enumerate(records) if record.calls}
     table = [_table_line(rank, record) for rank, record in enumerate(records)]
-    line, behind = _find(records, last)
-    return StallReport(line, table, behind)
+    is_waiting = any(not call.ended_ns for call in last.values())
+    differing = _first_difference(records)
+    line, behind = (differing, ()) if differing else _find(records, last)
+    return StallReport(line, table, behind, is_waiting or bool(differing))
+
+
+def last_calls(records: Sequence[RankRecord]) -> list[str]:
+    """The last calls of every rank, a line each, for who looks into it later."""
+    return [
+        f"rank {rank}: {_name(call)}, {_state(call, record.now_ns)}"
+        for rank, record in enumerate(records)
+        for call in record.calls[-_NUM_SHOWN:]
+    ]
 
 
 def steps_ahead(sequence: int, other: int) -> int:
@@ -69,8 +86,6 @@ def steps_ahead(sequence: int, other: int) -> int:
 def _find(
     records: Sequence[RankRecord], last: Mapping[int, Collective]
 ) -> tuple[str, Sequence[int]]:
-    if differing := _first_difference(records):
-        return differing, ()
     silent = [rank for rank, record in enumerate(records) if record.absent]
     waiting = [rank for rank, call in last.items() if not call.ended_ns]
     if silent:

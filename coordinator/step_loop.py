@@ -11,6 +11,7 @@ from collections.abc import Callable
 from coordinator.arrival_skew import ArrivalSkew
 from coordinator.batch import Batch
 from coordinator.broadcast_time import BroadcastTime
+from coordinator.collective_skew import CollectiveSkew
 from coordinator.errors import ProtocolBroken, RankLost
 from coordinator.metrics import EngineMetrics
 from coordinator.pacing import Pacing
@@ -40,6 +41,7 @@ class StepLoop:
         book: RequestBook,
         watch: ProgressWatch,
         skew: ArrivalSkew,
+        collective_skew: CollectiveSkew,
         broadcast: BroadcastTime,
         metrics: EngineMetrics,
         send: Callable[[bytes], None],
@@ -52,6 +54,7 @@ class StepLoop:
         self._book = book
         self._watch = watch
         self._skew = skew
+        self._collective_skew = collective_skew
         self._broadcast = broadcast
         self._pacing = Pacing()
         self._metrics = metrics
@@ -138,6 +141,7 @@ class StepLoop:
     ) -> None:
         self._skew.arrived(rank, report.command_id, report.arrival_micros)
         self._broadcast.arrived(rank, report.command_id, report.arrival_micros)
+        self._collective_skew.reported(rank, report.collective_count, report.collective_micros)
         self._metrics.worker_idle_seconds[rank] = report.idle_micros / 1e6
 
     def _pump(self) -> None:

@@ -1,6 +1,6 @@
 """`lockstep doctor --bundle FILE`: what is needed to find out what is wrong, in one archive.
 
-Versions, settings, log tails, metrics, what the server says of itself, recorder dumps. Every text
+Versions, settings, log tails, metrics, what the server says of itself, the last stall. Every text
 passes a Redactor; nothing of a request is read (a step log, which holds token ids, is left out).
 What could not be had is named in notes.txt with the reason.
 """
@@ -19,13 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
-
 from lockstep.client import CallFailed, Client, ClientConfig, ServerInfo
 from lockstep.daemon.version import __version__
 from lockstep.redact import Redactor
 from lockstep.status import as_json, render
-from protos.lockstep.v1 import worker_pb2, worker_pb2_grpc
 
 FOLDER = "lockstep-bundle"
 _TAIL_BYTES = 1 << 20
@@ -86,7 +83,7 @@ def collect(sources: Sources, report: str, environ: Mapping[str, str]) -> Bundle
     server = _add_server(bundle, sources.address, sources.client)
     if server is not None:
         _add_processes(bundle, server)
-        _add_recorders(bundle, server)
+        _add_stall(bundle, server)
     bundle.add("doctor.txt", report)
     bundle.add("versions.txt", "\n".join(_versions()) + "\n")
     for address in sources.metrics or _metrics_addresses(server):
@@ -152,20 +149,12 @@ def _add_processes(bundle: Bundle, server: ServerInfo) -> None:
         bundle.add(f"processes/{name.replace(' ', '-')}.txt", text)
 
 
-def _add_recorders(bundle: Bundle, server: ServerInfo) -> None:
-    """Each rank's last collectives, where its version records them."""
-    for rank in server.ranks:
-        options = [("grpc.enable_http_proxy", 0)]
-        with grpc.insecure_channel(rank.address, options=options) as channel:
-            stub = worker_pb2_grpc.WorkerServiceStub(channel)
-            request = worker_pb2.DumpFlightRecorderRequest()
-            try:
-                answer = stub.DumpFlightRecorder(request, timeout=_LIMIT_S)
-            except grpc.RpcError as error:
-                why = f"{error.code().name}: {error.details()}"
-                bundle.miss(f"recorder of rank {rank.rank} at {rank.address}", why)
-                continue
-        bundle.add(f"recorders/rank-{rank.rank}.json", answer.json)
+def _add_stall(bundle: Bundle, server: ServerInfo) -> None:
+    """The ranks' last collectives when the group was lost, as the coordinator kept them."""
+    if server.last_stall:
+        bundle.add("stall.txt", server.last_stall + "\n")
+    else:
+        bundle.miss("stall", "the group was not lost by a stall")
 
 
 def _metrics_addresses(server: ServerInfo | None) -> list[str]:

@@ -18,7 +18,7 @@ from tpcomm.errors import (
 from tpcomm.factory import BACKENDS, create_communicator, create_group_id
 from tpcomm.paths import HasTable
 from tpcomm.preflight import PathReport, preflight
-from tpcomm.records import CollectiveRecord
+from tpcomm.records import CollectiveRecord, Recorded
 
 __all__ = [
     "BACKENDS",
@@ -35,6 +35,7 @@ __all__ = [
     "NcclNotFound",
     "OpStats",
     "PathReport",
+    "Recorded",
     "ReduceOp",
     "create_communicator",
     "create_group_id",

@@ -73,7 +73,7 @@ def tpcomm_one_shot_all_reduce(
         send(word_row(base, place, RANK, SLOT_BYTES, WORD) + offsets, own_words, mask)
     word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
     num_bytes = num_vectors * (VECTOR * word_bytes)
-    record_begin(ring_ptr, state, num_bytes, CODE)
+    begun = record_begin(ring_ptr, state, num_bytes, CODE)
     wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
     end_call(state_ptr, state, num_bytes, NUM_STATES, CHUNK)
     total = receive_sum(
@@ -90,7 +90,7 @@ def tpcomm_one_shot_all_reduce(
         CHUNK,
     )
     tl.store(tensor_ptr + offsets, total.to(dtype), mask=mask)
-    record_end(ring_ptr, state, CODE)
+    record_end(ring_ptr, state, begun, CODE)
 
 
 @jit(varying=("tensor_ptr", "num_elements"))
@@ -125,7 +125,7 @@ def tpcomm_one_shot_integer_all_reduce(
         send(row, values & 0xFFFFFFFF, mask)
         if HALVES == 2:
             send(row + CHUNK, (values >> 32) & 0xFFFFFFFF, mask)
-    record_begin(ring_ptr, state, num_elements * (HALVES * 4), CODE)
+    begun = record_begin(ring_ptr, state, num_elements * (HALVES * 4), CODE)
     wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK)
     used = tl.num_programs(0) * (CHUNK * HALVES * 8)
     end_call(state_ptr, state, used, NUM_STATES, CHUNK)
@@ -145,7 +145,7 @@ def tpcomm_one_shot_integer_all_reduce(
         else:
             total += part
     tl.store(tensor_ptr + offsets, total.to(dtype), mask=mask)
-    record_end(ring_ptr, state, CODE)
+    record_end(ring_ptr, state, begun, CODE)
 
 
 @jit(varying=("tensor_ptr", "num_vectors", "slice_vectors"))
@@ -192,7 +192,7 @@ def tpcomm_two_shot_all_reduce(
     own_words = float_words(tl.load(tensor_ptr + own_index, mask=mask, other=0.0), WORD)
     word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
     row_words: tl.constexpr = SLOT_BYTES // word_bytes
-    record_begin(ring_ptr, state, num_vectors * (VECTOR * word_bytes), CODE)
+    begun = record_begin(ring_ptr, state, num_vectors * (VECTOR * word_bytes), CODE)
     wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
     end_call(state_ptr, state, results * (2 * word_bytes), NUM_STATES, CHUNK)
     first_row = word_row(own_base, place, 0, SLOT_BYTES, WORD)
@@ -215,7 +215,7 @@ def tpcomm_two_shot_all_reduce(
     )
     target = tensor_ptr + owners * slice_len + offsets[None, :]
     tl.store(target, gathered.to(dtype, bitcast=True), mask=arrives)
-    record_end(ring_ptr, state, CODE)
+    record_end(ring_ptr, state, begun, CODE)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from tpcomm.communicator import CommStats, OpStats
-from tpcomm.records import RING_ENTRIES, CollectiveRecord
+from tpcomm.records import RING_ENTRIES, CollectiveRecord, Recorded
 
 _Call = tuple[int, str, int, float]  # sequence, operation, bytes, begun; of time.perf_counter
 
@@ -44,14 +44,16 @@ class CallLog:
         assert stats.seconds is not None
         stats.seconds += ended - call[3]
 
-    def recorded(self) -> list[CollectiveRecord]:
-        """In the order they began."""
+    def recorded(self) -> Recorded:
+        """From any thread."""
         # In this order, so that a call which ends meanwhile is seen twice rather than not at all.
         current = self._current
         calls = {call[0]: (call, ended) for call, ended in self._ended.copy()}
         if current is not None:
             calls.setdefault(current[0], (current, 0.0))
-        return [self._record(call, ended) for call, ended in calls.values()]
+        records = [self._record(call, ended) for call, ended in calls.values()]
+        num_ended = self._num_calls - (current is not None)
+        return Recorded(records, num_ended, self.stats.seconds or 0.0)
 
     def _record(self, call: _Call, ended: float) -> CollectiveRecord:
         sequence, operation, num_bytes, begun = call

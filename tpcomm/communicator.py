@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tpcomm.records import CollectiveRecord
+from tpcomm.records import Recorded
 
 REDUCIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64)
 DEFAULT_STAGING_BYTES = 4 << 20
@@ -114,8 +114,8 @@ class Communicator(Protocol):
         """Return once every rank has called; CommTimeout after `timeout_s` seconds."""
         ...
 
-    def recorded(self) -> list[CollectiveRecord]:
-        """The last collectives of this rank, in the order they began; replays of graphs too.
+    def recorded(self) -> Recorded:
+        """The last collectives of this rank and totals of all; replays of graphs too.
 
         From any thread, also while a collective hangs; it takes at most about a second. What an
         abort has freed looks as if it had ended: read before aborting.

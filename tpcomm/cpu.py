@@ -30,7 +30,7 @@ from tpcomm.communicator import (
 from tpcomm.errors import CommAborted, CommError, CommTimeout
 from tpcomm.norm_kernel import add_rms_norm_reference
 from tpcomm.paths import CommPath
-from tpcomm.records import ALL_REDUCE_MAX, BARRIER, BROADCAST, CollectiveRecord
+from tpcomm.records import ALL_REDUCE_MAX, BARRIER, BROADCAST, Recorded
 from tpcomm.shm_segment import ABORT_WORD, ShmSegment, sequence_word, signature_word
 from tpcomm.size_table import ALL_GATHER, ALL_REDUCE
 
@@ -134,7 +134,7 @@ class ShmCommunicator:
         """This backend's only way."""
         return [CommPath("shm", _CPU, self.all_reduce)]
 
-    def recorded(self) -> list[CollectiveRecord]:
+    def recorded(self) -> Recorded:
         return self.log.recorded()
 
     def abort(self) -> None:

@@ -55,7 +55,7 @@ def tpcomm_all_gather(
         base = tl.load(bases_ptr + (RANK + step) % WORLD_SIZE)
         send(word_row(base, place, RANK, SLOT_BYTES, tl.int16) + offsets, own_words, mask)
     num_bytes = num_vectors * VECTOR
-    record_begin(ring_ptr, state, num_bytes, CODE)
+    begun = record_begin(ring_ptr, state, num_bytes, CODE)
     wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK // 4)
     end_call(state_ptr, state, num_bytes * 2, NUM_STATES, CHUNK)
 
@@ -65,7 +65,7 @@ def tpcomm_all_gather(
     rows = word_row(own_base, place, 0, SLOT_BYTES, tl.int16)
     words = receive(rows + peers * (SLOT_BYTES // 2) + offsets[None, :], arrives, abort_ptr)
     tl.store(target_ptr + peers * num_bytes + offsets[None, :], words.to(tl.uint8), mask=arrives)
-    record_end(ring_ptr, state, CODE)
+    record_end(ring_ptr, state, begun, CODE)
 
 
 def gather_bytes(tensor: Tensor) -> int:

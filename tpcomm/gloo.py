@@ -35,7 +35,7 @@ from tpcomm.errors import CommAborted, CommError, CommTimeout
 from tpcomm.group_id import GroupId
 from tpcomm.norm_kernel import add_rms_norm_reference
 from tpcomm.paths import CommPath
-from tpcomm.records import ALL_REDUCE_MAX, BARRIER, BROADCAST, CollectiveRecord
+from tpcomm.records import ALL_REDUCE_MAX, BARRIER, BROADCAST, Recorded
 from tpcomm.size_table import ALL_GATHER, ALL_REDUCE
 
 _c10d: Any = torch.distributed  # its stubs leave out the stores and ProcessGroupGloo's methods
@@ -120,7 +120,7 @@ class GlooCommunicator:
         """This backend's only way."""
         return [CommPath("gloo", _CPU, self.all_reduce)]
 
-    def recorded(self) -> list[CollectiveRecord]:
+    def recorded(self) -> Recorded:
         return self.log.recorded()
 
     def abort(self) -> None:

@@ -17,7 +17,7 @@ from tpcomm.communicator import (
 from tpcomm.errors import CommAborted, CommError
 from tpcomm.norm_kernel import add_rms_norm_reference
 from tpcomm.paths import CommPath
-from tpcomm.records import CollectiveRecord
+from tpcomm.records import Recorded
 
 
 class LocalCommunicator:
@@ -68,9 +68,9 @@ class LocalCommunicator:
         """This backend's only way."""
         return [CommPath("local", self._device, self.all_reduce)]
 
-    def recorded(self) -> list[CollectiveRecord]:
+    def recorded(self) -> Recorded:
         """Nothing: there is nobody to wait for."""
-        return []
+        return Recorded()
 
     def abort(self) -> None:
         self._aborted = True

@@ -34,7 +34,7 @@ from tpcomm.graph_timer import measure_in_graph
 from tpcomm.nccl_api import DATA_TYPES, DataType, Nccl, RedOp
 from tpcomm.paths import CommPath
 from tpcomm.record_kernels import begin_stamp, end_stamp
-from tpcomm.records import ALL_REDUCE_MAX, BARRIER, BROADCAST, CollectiveRecord
+from tpcomm.records import ALL_REDUCE_MAX, BARRIER, BROADCAST, Recorded
 from tpcomm.ring_reader import RingReader
 from tpcomm.size_table import ALL_GATHER, ALL_REDUCE
 from tpcomm.staging_tables import make_ring
@@ -161,8 +161,8 @@ class NcclCommunicator:
             )
         ]
 
-    def recorded(self) -> list[CollectiveRecord]:
-        return [] if self._reader is None else self._reader.read(self._record_tables()[1])
+    def recorded(self) -> Recorded:
+        return Recorded() if self._reader is None else self._reader.read(self._record_tables()[1])
 
     def abort(self) -> None:
         """Free kernels that hang, in a thread of its own.

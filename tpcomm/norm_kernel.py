@@ -82,7 +82,7 @@ def tpcomm_all_reduce_add_rms_norm(
             send(word_row(base, place, RANK, SLOT_BYTES, WORD) + offsets, own_words, inside)
         word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
         used = tl.num_programs(0) * (HIDDEN * word_bytes)
-        record_begin(ring_ptr, state, used, CODE)
+        begun = record_begin(ring_ptr, state, used, CODE)
     residual = tl.load(residual_ptr + offsets, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
     if WORLD_SIZE > 1:
@@ -101,7 +101,7 @@ def tpcomm_all_reduce_add_rms_norm(
             False,
             BLOCK,
         )
-        record_end(ring_ptr, state, CODE)
+        record_end(ring_ptr, state, begun, CODE)
         x = total.to(dtype)  # as an all-reduce of its own would have stored it
     # Rounded before it is squared: later layers see the rounded sum, and so does the reference.
     x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)

@@ -3,9 +3,9 @@
 """Kernels write each collective to a ring in device memory (records says what an entry is).
 
 Program 0 writes alone, without a load, a fence or a wait: an entry when its part has been sent, its
-end when its own receive is complete. Device memory, not the host's, since a kernel does not end
-before its stores have arrived. An entry without end is where this rank waits; an abort that frees
-it writes the end too, so read before aborting.
+end when its own receive is complete, and then it adds to the totals behind the last entry. Device
+memory, not the host's, since a kernel does not end before its stores have arrived. An entry without
+end is where this rank waits; an abort that frees it writes the end too, so read before aborting.
 
 NCCL's kernels are not ours, so a small kernel stamps before each and one after.
 """
@@ -41,9 +41,8 @@ def clock_ns():
 
 
 @device_function
-def write_begin(ring_ptr, sequence, what):
+def write_begin(ring_ptr, sequence, what, begun):
     """A fresh entry, without end."""
-    begun = clock_ns()
     word = tl.arange(0, _WORDS)
     entry = tl.where(word == 0, sequence, tl.where(word == 1, what, 0))
     entry = tl.where(word == 2, begun, entry)
@@ -51,25 +50,33 @@ def write_begin(ring_ptr, sequence, what):
 
 
 @device_function
-def write_end(ring_ptr, sequence):
-    """The end of the entry of `sequence`."""
-    tl.store(ring_ptr + (sequence % _ENTRIES) * _WORDS + (_WORDS - 1), clock_ns())
+def write_end(ring_ptr, sequence, begun):
+    """The end of the entry of `sequence`, and what it adds to the totals."""
+    ended = clock_ns()
+    tl.store(ring_ptr + (sequence % _ENTRIES) * _WORDS + (_WORDS - 1), ended)
+    totals = ring_ptr + _ENTRIES * _WORDS
+    # Nobody waits for the sums: without a use of their results they are reductions, not loads.
+    tl.atomic_add(totals, 1, sem="relaxed")
+    tl.atomic_add(totals + 1, ended - begun, sem="relaxed")
 
 
 @device_function
 def record_begin(ring_ptr, state, num_bytes, CODE: tl.constexpr):
-    """The call of `state` has sent its part; CODE 0 records nothing."""
-    if CODE != 0:  # noqa: SIM102  decided when it is compiled
+    """The call of `state` has sent its part; returns when. CODE 0 records nothing."""
+    begun = state
+    if CODE != 0:
+        begun = clock_ns()
         if tl.program_id(0) == 0:
-            write_begin(ring_ptr, state >> 32, num_bytes.to(tl.int64) + CODE)
+            write_begin(ring_ptr, state >> 32, num_bytes.to(tl.int64) + CODE, begun)
+    return begun
 
 
 @device_function
-def record_end(ring_ptr, state, CODE: tl.constexpr):
-    """The call of `state` has received all that program 0 needs."""
+def record_end(ring_ptr, state, begun, CODE: tl.constexpr):
+    """The call of `state`, which began then, has received all that program 0 needs."""
     if CODE != 0:  # noqa: SIM102  decided when it is compiled
         if tl.program_id(0) == 0:
-            write_end(ring_ptr, state >> 32)
+            write_end(ring_ptr, state >> 32, begun)
 
 
 @device_function
@@ -81,14 +88,15 @@ def next_sequence(sequence, step):
 
 @jit(varying=("what",))
 def tpcomm_stamp_begin(state_ptr, ring_ptr, what):
-    write_begin(ring_ptr, tl.load(state_ptr) >> 32, what.to(tl.int64))
+    write_begin(ring_ptr, tl.load(state_ptr) >> 32, what.to(tl.int64), clock_ns())
 
 
 @jit(varying=())
 def tpcomm_stamp_end(state_ptr, ring_ptr, NUM_STATES: tl.constexpr, BLOCK: tl.constexpr):
     state = tl.load(state_ptr)
     sequence = state >> 32
-    write_end(ring_ptr, sequence)
+    begun = tl.load(ring_ptr + (sequence % _ENTRIES) * _WORDS + 2)
+    write_end(ring_ptr, sequence, begun)
     # By as many as there are buffers, so that staged calls find the one that they expect.
     fresh = (next_sequence(sequence, _NCCL_SEQUENCES) << 32) | (state & 0xFFFFFFFF)
     for start in tl.static_range(0, NUM_STATES, BLOCK):

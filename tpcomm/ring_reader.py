@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tpcomm.errors import CommTimeout
 from tpcomm.record_kernels import begin_stamp
-from tpcomm.records import BARRIER, CollectiveRecord, unpack_ring
+from tpcomm.records import BARRIER, Recorded, unpack_ring
 from tpcomm.staging_tables import make_ring
 
 _LIMIT_S = 1.0
@@ -36,8 +36,8 @@ class RingReader:
         self._thread: threading.Thread | None = None
         self._clock_offset_ns = self._compare_clocks()
 
-    def read(self, ring: Tensor) -> list[CollectiveRecord]:
-        """Records in the order they began.
+    def read(self, ring: Tensor) -> Recorded:
+        """What the ring holds.
 
         Raises:
             CommTimeout: the device did not answer within the limit, now or before.
@@ -53,7 +53,7 @@ class RingReader:
             self._thread.join(self._limit_s)
             if self._thread.is_alive() or not entries:
                 raise self._timeout()
-            newest = max(max(begun, ended) for _, _, begun, ended in entries)
+            newest = max(max(begun, ended) for _, _, begun, ended in entries[:-1])
             # Nothing recorded lies in the future: the clocks drift apart over days.
             self._clock_offset_ns = min(self._clock_offset_ns, time.monotonic_ns() - newest)
             return unpack_ring(entries, self._clock_offset_ns)

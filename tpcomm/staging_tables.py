@@ -54,7 +54,8 @@ class StagingTables:
     state: int64 [num_states], all alike between calls; as many programs may run in a call.
     max_warps: as many warps may run in a call, on all of the device together.
     abort_word: int32 [1], not zero to make every wait give up.
-    ring: int64 [RING_ENTRIES, ENTRY_WORDS], the last calls; zeros where there was none.
+    ring: int64 [RING_ENTRIES + 1, ENTRY_WORDS], the last calls, zeros where there was none, and
+        the totals.
     is_recording: whether calls are recorded; off to measure what that costs.
     """
 
@@ -111,8 +112,8 @@ def make_tables(
 
 
 def make_ring(device: torch.device) -> Tensor:
-    """A ring without entries."""
-    return torch.zeros((RING_ENTRIES, ENTRY_WORDS), dtype=torch.int64, device=device)
+    """A ring without entries, and totals of 0."""
+    return torch.zeros((RING_ENTRIES + 1, ENTRY_WORDS), dtype=torch.int64, device=device)
 
 
 def vector_width(*tensors: Tensor) -> int:

@@ -7,6 +7,7 @@ import gc
 import logging
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -136,8 +137,12 @@ async def _serve(
         )
     notifier.ready()
     telling = asyncio.create_task(notifier.run(service.summary, service.stalled_s))
+    watching = asyncio.create_task(service.watch_collectives())
     await stopped.wait()
     telling.cancel()
+    watching.cancel()
+    with suppress(asyncio.CancelledError):
+        await watching
     if config.ready_file:
         Path(config.ready_file).unlink(missing_ok=True)
     service.close()

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from google.protobuf.message import DecodeError
 
 from protos.lockstep.v1 import worker_pb2
+from worker.collective_watch import CollectiveWatch
 from worker.device_thread import DeviceThread
 from worker.errors import CommandRefused
 from worker.idle_clock import IdleClock
@@ -35,12 +36,14 @@ class ExecuteStream:
         device_thread: DeviceThread,
         results_thread: DeviceThread,
         metrics: WorkerMetrics,
+        collectives: CollectiveWatch,
     ) -> None:
         self._rank = rank
         self._executor = executor
         self._device_thread = device_thread
         self._results_thread = results_thread
         self._metrics = metrics
+        self._collectives = collectives
         self._loop = asyncio.get_running_loop()
         self._reports: asyncio.Queue[worker_pb2.ExecuteResponse] = asyncio.Queue()
         self._last_progress = 0.0
@@ -138,10 +141,12 @@ class ExecuteStream:
         result.arrival_micros = _micros(pending.arrived)
         result.idle_micros = _micros(self._idle.seconds_before_last_step)
         result.comm_micros = self._comm_micros()
+        result.collective_count, result.collective_micros = self._collectives.totals
         self._send(worker_pb2.ExecuteResponse(result=result))
 
     def _send_progress(self, command_id: int, arrived: float, step_s: float, idle_s: float) -> None:
         self._last_progress = time.monotonic()
+        num_collectives, collective_micros = self._collectives.totals
         progress = worker_pb2.RankProgress(
             command_id=command_id,
             step=self._last_step,
@@ -150,6 +155,8 @@ class ExecuteStream:
             arrival_micros=_micros(arrived),
             idle_micros=_micros(idle_s),
             comm_micros=self._comm_micros(),
+            collective_count=num_collectives,
+            collective_micros=collective_micros,
         )
         self._send(worker_pb2.ExecuteResponse(progress=progress))
 

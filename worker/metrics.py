@@ -17,6 +17,9 @@ _STEP_BUCKETS_S = (
     *(float(f"{base}e{power}") for power in range(-4, 1) for base in (1, 2, 3, 5, 7)),
     10.0,
 )
+_COLLECTIVE_BUCKETS_S = tuple(
+    float(f"{base}e{power}") for power in range(-6, 1) for base in (1, 2, 3, 5, 7)
+)
 
 
 class WorkerMetrics:
@@ -57,6 +60,13 @@ class WorkerMetrics:
             [*way, "bytes"],
             registry=registry,
         )
+        self._collective = Histogram(
+            "lockstep_collective_seconds",
+            "Of a collective, from having sent to having received; the last ones of each second.",
+            way,
+            buckets=_COLLECTIVE_BUCKETS_S,
+            registry=registry,
+        )
         self._labels = {"model_name": model_name, "rank": "0"}
         self._server: WSGIServer
         self._thread: threading.Thread
@@ -70,7 +80,7 @@ class WorkerMetrics:
     def set_rank(self, rank: int) -> None:
         """Labels everything from now on with this rank."""
         metrics = (self._step, self._memory, self._phase, self._all_reduces)
-        for metric in (*metrics, self._path_usable, self._path_seconds):
+        for metric in (*metrics, self._path_usable, self._path_seconds, self._collective):
             metric.clear()
         self._labels = {**self._labels, "rank": str(rank)}
 
@@ -100,6 +110,10 @@ class WorkerMetrics:
         for phase, seconds in phases.items():
             if seconds is not None:
                 self._step.labels(**self._labels, phase=phase).observe(seconds)
+
+    def observe_collective(self, operation: str, path: str, seconds: float) -> None:
+        """Counts a collective of a sample."""
+        self._collective.labels(**self._labels, operation=operation, path=path).observe(seconds)
 
     def set_all_reduces(self, count: int) -> None:
         """Shows the all-reduces of this epoch."""

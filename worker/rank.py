@@ -1,7 +1,7 @@
 """One rank's start-up, phase by phase: weights, group, graphs, KV cache.
 
 Each phase may be entered again: a new epoch keeps weights that were loaded with the same settings.
-All methods but `abort` run on the device thread.
+All methods but `abort` and `recorded` run on the device thread.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from worker.models.spec import ModelSpec
 from worker.models.transformer import Transformer
 from worker.ops import cpu_ops, cuda_ops
 from worker.path_message import preflight_response
+from worker.record_message import recorded_message
 from worker.sampling.tables import SlotSampling
 from worker.sharding import ShardSpec, make_shard_spec
 from worker.step_graphs import StepGraphs
@@ -212,6 +213,14 @@ class Rank:
         self.phase = (
             worker_pb2.WORKER_PHASE_LOADED if self.loaded else worker_pb2.WORKER_PHASE_STARTED
         )
+
+    def recorded(self) -> worker_pb2.DumpFlightRecorderResponse:
+        """The last collectives of this rank's group, and totals. Any thread.
+
+        Raises CommTimeout if the device does not answer.
+        """
+        comm = self.comm
+        return recorded_message(tpcomm.Recorded() if comm is None else comm.recorded())
 
     def abort(self) -> None:
         """Frees a device thread that hangs in a collective. Any thread; never blocks."""

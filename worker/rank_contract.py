@@ -62,7 +62,7 @@ class StepExecutor(Protocol):
 
 
 class Rank(Protocol):
-    """The state of one rank. Phases run on the device thread; `abort` in any thread."""
+    """The state of one rank. Phases run on the device thread; `abort` and `recorded` in any."""
 
     phase: worker_pb2.WorkerPhase
     rank: int
@@ -122,6 +122,13 @@ class Rank(Protocol):
 
     def reset(self) -> None:
         """Leaves the epoch but for what may be kept."""
+        ...
+
+    def recorded(self) -> worker_pb2.DumpFlightRecorderResponse:
+        """The last collectives and totals of all. Any thread, also while one hangs.
+
+        Blocks for at most about a second, then raises one of `foreseen_errors`.
+        """
         ...
 
     def abort(self) -> None:

@@ -15,6 +15,7 @@ import grpc
 from lockstep.daemon.process_identity import boot_id, start_ticks
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import worker_pb2, worker_pb2_grpc
+from worker.collective_watch import CollectiveWatch
 from worker.device_thread import DeviceThread
 from worker.errors import CheckpointError, PhaseError, UnsupportedModel, WorkerError
 from worker.execute_stream import ExecuteStream
@@ -44,6 +45,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._on_shutdown = on_shutdown
         self._device_thread = DeviceThread("device", rank.enter_thread)
         self._results_thread = DeviceThread("results", rank.enter_thread)
+        self._collectives = CollectiveWatch(rank, metrics)
         self._epoch = 0
         self._greeting: worker_pb2.HelloRequest | None = None
         self._epoch_before = 0
@@ -134,7 +136,12 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
             raise AssertionError("abort raises")
         stream = ExecuteStream(
-            self._rank, executor, self._device_thread, self._results_thread, self._metrics
+            self._rank,
+            executor,
+            self._device_thread,
+            self._results_thread,
+            self._metrics,
+            self._collectives,
         )
         self._stream = stream
         receiver = asyncio.create_task(stream.receive(request_iterator))
@@ -166,10 +173,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def DumpFlightRecorder(
         self, request: worker_pb2.DumpFlightRecorderRequest, context: Context
     ) -> worker_pb2.DumpFlightRecorderResponse:
-        await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED, "this version has no flight recorder of collectives"
-        )
-        raise AssertionError("abort raises")
+        try:
+            return await self._collectives.read()
+        except self._rank.foreseen_errors as error:
+            await context.abort(grpc.StatusCode.ABORTED, str(error))
+            raise AssertionError("abort raises") from error
 
     async def Shutdown(
         self, request: worker_pb2.ShutdownRequest, context: Context
@@ -179,6 +187,10 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             self._rank.abort()
         self._on_shutdown(request.reason)
         return worker_pb2.ShutdownResponse()
+
+    async def watch_collectives(self) -> None:
+        """Reads what the rank records of its collectives, now and then, until cancelled."""
+        await self._collectives.run()
 
     def stalled_s(self) -> float:
         """Seconds for which a step, or a phase whose caller has given up, has been running.
@@ -200,6 +212,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._rank.abort()
         self._device_thread.close()
         self._results_thread.close()
+        self._collectives.close()
 
     async def _phase(
         self, epoch: int, context: Context, call: Callable[..., T], *args: object

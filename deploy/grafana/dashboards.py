@@ -223,6 +223,18 @@ RANKS = (
         minimum=None,
     ),
     Panel(
+        "Arrival in collectives after the first rank",
+        "s",
+        gauge("collective_arrival_skew_seconds", "rank {{rank}}"),
+        text="Mean of about a second. A rank that stays above the others is what they wait for.",
+    ),
+    Panel(
+        "Time of a collective, by way",
+        "s",
+        quantiles("collective_seconds"),
+        text="A sample of each second, waiting for other ranks included.",
+    ),
+    Panel(
         "Losses that the rank caused",
         "short",
         gauge("rank_losses_total", "rank {{rank}}"),

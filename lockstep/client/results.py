@@ -174,6 +174,7 @@ class ServerInfo:
     pid_start_ticks: int
     boot_id: str
     is_draining: bool
+    last_stall: str
 
 
 @dataclass(frozen=True, slots=True)

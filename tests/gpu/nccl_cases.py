@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -148,7 +149,7 @@ def abort_frees_the_stream(rank: Rank, backend: str, group_id: bytes, num_elemen
 
 def records_of_a_stuck_replay(
     rank: Rank, backend: str, group_id: bytes, num_elements: int
-) -> tuple[list[CollectiveRecord], int, bool]:
+) -> tuple[Sequence[CollectiveRecord], int, bool]:
     """The last rank does not replay: records read meanwhile, when, and whether an abort freed."""
     comm = rank.join(backend, group_id, 30.0)
     tensor = torch.zeros(num_elements, dtype=torch.bfloat16, device=rank.device)
@@ -158,15 +159,15 @@ def records_of_a_stuck_replay(
     comm.barrier(30.0)
     if rank.rank == rank.world_size - 1:
         rank.communicators[group_id] = comm  # stays away, but alive
-        return comm.recorded(), time.monotonic_ns(), True
+        return comm.recorded().calls, time.monotonic_ns(), True
     graph.replay()
     stuck = torch.cuda.current_stream().record_event()
     deadline = time.monotonic() + ABORT_LIMIT_S
-    while comm.recorded()[-1].ended_ns and time.monotonic() < deadline:
+    while comm.recorded().calls[-1].ended_ns and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)  # the kernel has had the time to end, had it not waited
     begun = time.monotonic()
-    records, now_ns = comm.recorded(), time.monotonic_ns()
+    records, now_ns = comm.recorded().calls, time.monotonic_ns()
     assert time.monotonic() - begun < 1.0
     assert not stuck.query() and records[-1].ended_ns == 0, records[-3:]
     assert 0.1e9 < now_ns - records[-1].begun_ns < ABORT_LIMIT_S * 1e9, (now_ns, records[-1])
@@ -187,6 +188,6 @@ def waits_when_the_last_rank_is_late(
             torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]
         comm.all_reduce(tensor)
     torch.cuda.synchronize()
-    records = comm.recorded()[-10:]
+    records = comm.recorded().calls[-10:]
     assert all(record.ended_ns for record in records)
     return [record.ended_ns - record.begun_ns for record in records]

@@ -57,6 +57,7 @@ class FakeSettings:
     break_stream_at_command: int = 0
     silent_on_quiesce: bool = False
     last_error: str = ""
+    collectives: list[worker_pb2.CollectiveRecord] | None = None  # None: answers UNIMPLEMENTED
     not_finite_token: int = -1  # choosing this token counts as non-finite logits
     step_micros: int = 5000
     comm_micros: int = 1000  # of every step; -1: not measured
@@ -204,6 +205,16 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             await asyncio.sleep(30)
         await self._enter("Quiesce", context, request.epoch)
         return worker_pb2.QuiesceResponse(last_error=self.settings.last_error, is_drained=True)
+
+    async def DumpFlightRecorder(self, request, context):  # type: ignore[no-untyped-def]
+        if self.settings.silent_on_quiesce:
+            await asyncio.sleep(30)
+        await self._enter("DumpFlightRecorder", context)
+        if self.settings.collectives is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "planted")
+        return worker_pb2.DumpFlightRecorderResponse(
+            collectives=self.settings.collectives, now_nanos=time.monotonic_ns()
+        )
 
     async def Shutdown(self, request, context):  # type: ignore[no-untyped-def]
         self.calls.append("Shutdown")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tpcomm import CollectiveRecord, CommAborted, CommStats, OpStats, ReduceOp
+from tpcomm import CommAborted, CommStats, OpStats, Recorded, ReduceOp
 from tpcomm.communicator import AddRmsNorm
 from tpcomm.norm_kernel import add_rms_norm_reference
 
@@ -69,8 +69,8 @@ class ThreadCommunicator:
     def barrier(self, timeout_s: float) -> None:
         self._group.barrier.wait(timeout_s)
 
-    def recorded(self) -> list[CollectiveRecord]:
-        return []
+    def recorded(self) -> Recorded:
+        return Recorded()
 
     def abort(self) -> None:
         self._group.barrier.abort()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+import urllib.request
 from collections.abc import Iterator
 
 import psutil
@@ -66,9 +67,23 @@ def test_streams_end_naming_the_lost_rank_and_the_group_comes_back(
         for end in ends:
             assert re.search(rf"rank {rank} lost at step [1-9]\d*: \S+", str(end.error))
             assert f"rank {1 - rank} lost" not in str(end.error)
+            if number == STOP:
+                where = rf"rank {1 - rank} waits in call \d+, all_\w+ of \d+ bytes by shm, for \d"
+                assert re.search(rf"rank {rank} gave no record \S+; {where}", str(end.error))
         group.wait_answering(epoch)
         # The whole group restarts, so that no rank is left in a collective of the old one.
         assert not lost.is_running() and not other.is_running()
+
+
+def test_how_late_ranks_come_to_collectives_is_told_while_streams_run(pool: GroupPool) -> None:
+    def told() -> bool:
+        with urllib.request.urlopen(f"http://{group.metrics}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        names = ("slowest_rank", "collective_arrival_skew_seconds")
+        return all(f"lockstep_{name}{{" in text for name in names)
+
+    with pool.restartable() as group, running_streams(group.address):
+        wait_until(told, RECOVERY_LIMIT_S, group.log_text)
 
 
 @pytest.mark.parametrize("name", ["rank 1", "frontend"])

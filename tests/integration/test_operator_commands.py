@@ -147,7 +147,11 @@ def test_a_bundle_holds_what_is_needed_and_neither_secret_nor_prompt(
     assert f"lockstep {__version__}" in files["versions.txt"] and "grpcio " in files["versions.txt"]
     assert "package" in files["doctor.txt"]
     # What there was not is named, in the bundle and to the operator.
-    for missing in ("metrics of 127.0.0.1:1", "absent: No such file", "recorder of rank 0"):
+    for missing in (
+        "metrics of 127.0.0.1:1",
+        "absent: No such file",
+        "stall: the group was not lost",
+    ):
         assert missing in files["notes.txt"] and missing in made.stderr
 
 

@@ -17,6 +17,7 @@ from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import worker_pb2, worker_pb2_grpc
 from tests.helpers.tiny_models import write_tiny_model
 from tests.helpers.worker_driver import StepStream, WorkerProcess, packed, start_group
+from tests.integration.chaos_support import wait_until
 
 _LIMIT_S = 60.0
 _NUM_BLOCKS = 8
@@ -48,6 +49,12 @@ class Workers:
         self.epoch += 1
         self.stubs = start_group(self.model, self.addresses, _CONFIG, self.epoch, _NUM_BLOCKS)
         return [StepStream(stub, self.epoch) for stub in self.stubs]
+
+    def collectives(self, rank: int) -> Any:
+        request = worker_pb2.DumpFlightRecorderRequest()
+        answer = self.stubs[rank].DumpFlightRecorder(request, timeout=_LIMIT_S)
+        assert all(call.begun_nanos <= answer.now_nanos for call in answer.collectives)
+        return answer.collectives
 
     def quiesce(self, rank: int) -> Any:
         request = worker_pb2.QuiesceRequest(epoch=self.epoch)
@@ -126,6 +133,23 @@ def test_a_heartbeat_is_answered_by_every_rank(streams: list[StepStream]) -> Non
         stream.send(worker_pb2.TableDelta(), step_count=0)
     for stream in streams:
         assert stream.report().progress.command_id == 1
+
+
+def test_a_rank_that_hangs_in_a_collective_tells_which(
+    workers: Workers, streams: list[StepStream]
+) -> None:
+    for stream in streams:
+        stream.send(prefill())
+    streams[0].tokens()
+    assert all(call.ended_nanos for call in workers.collectives(1))
+    streams[0].send(decode())  # to rank 0 alone, so that it waits for the other
+    wait_until(
+        lambda: not workers.collectives(0)[-1].ended_nanos, _LIMIT_S, lambda: "it never waits"
+    )
+    waiting, last = workers.collectives(0)[-1], workers.collectives(1)[-1]
+    assert (waiting.operation, waiting.path) == ("all_reduce", "shm")
+    assert waiting.byte_count > 0 and waiting.sequence > last.sequence
+    assert workers.quiesce(0).is_drained
 
 
 # How the second command differs from a good one, and words that the refusal must have.

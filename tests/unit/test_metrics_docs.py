@@ -49,6 +49,7 @@ def test_every_metric_of_the_coordinator_is_documented_and_no_other() -> None:
         rank_up={0: True},
         startup_seconds={"load": 1.0},
         command_arrival_skew={1: 0.001},
+        collective_arrival_skew={1: 0.001},
         worker_idle_seconds={0: 1.0},
     )
     for counted in (metrics.request_success, metrics.requests_failed, metrics.requests_rejected):
@@ -66,6 +67,7 @@ def worker_table() -> Iterator[Table]:
         metrics.set_memory({"kv": 1})
         metrics.observe_step(0.001)
         metrics.set_all_reduces(3)
+        metrics.observe_collective("all_reduce", "one_shot", 3e-6)
         time = worker_pb2.PathTime(byte_count=8192, microseconds=4.0)
         path = worker_pb2.PathReport(path="one_shot", operation="all_reduce", times=[time])
         metrics.set_paths(worker_pb2.PreflightResponse(paths=[path]))

@@ -110,6 +110,10 @@ class SimulatedRank:
         self.executor = None
         self.phase = worker_pb2.WORKER_PHASE_LOADED
 
+    def recorded(self) -> worker_pb2.DumpFlightRecorderResponse:
+        """Nothing: no tensor is carried."""
+        return worker_pb2.DumpFlightRecorderResponse()
+
     def abort(self) -> None:
         """Wakes a step that sleeps. Any thread."""
         self._device.abort()

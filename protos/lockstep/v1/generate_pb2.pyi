@@ -276,7 +276,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "is_ready", "epoch", "ranks", "running_count", "waiting_count", "block_count", "block_size", "max_num_seqs", "comm_paths", "kv_cache_usage", "cause", "last_loss", "pid", "pid_start_ticks", "boot_id", "is_draining")
+    __slots__ = ("version", "is_ready", "epoch", "ranks", "running_count", "waiting_count", "block_count", "block_size", "max_num_seqs", "comm_paths", "kv_cache_usage", "cause", "last_loss", "pid", "pid_start_ticks", "boot_id", "is_draining", "last_stall")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IS_READY_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -294,6 +294,7 @@ class GetServerInfoResponse(_message.Message):
     PID_START_TICKS_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LAST_STALL_FIELD_NUMBER: _ClassVar[int]
     version: str
     is_ready: bool
     epoch: int
@@ -311,7 +312,8 @@ class GetServerInfoResponse(_message.Message):
     pid_start_ticks: int
     boot_id: str
     is_draining: bool
-    def __init__(self, version: _Optional[str] = ..., is_ready: bool = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., block_count: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., comm_paths: _Optional[_Iterable[_Union[CommPath, _Mapping]]] = ..., kv_cache_usage: _Optional[float] = ..., cause: _Optional[str] = ..., last_loss: _Optional[str] = ..., pid: _Optional[int] = ..., pid_start_ticks: _Optional[int] = ..., boot_id: _Optional[str] = ..., is_draining: bool = ...) -> None: ...
+    last_stall: str
+    def __init__(self, version: _Optional[str] = ..., is_ready: bool = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., block_count: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., comm_paths: _Optional[_Iterable[_Union[CommPath, _Mapping]]] = ..., kv_cache_usage: _Optional[float] = ..., cause: _Optional[str] = ..., last_loss: _Optional[str] = ..., pid: _Optional[int] = ..., pid_start_ticks: _Optional[int] = ..., boot_id: _Optional[str] = ..., is_draining: bool = ..., last_stall: _Optional[str] = ...) -> None: ...
 
 class CommPath(_message.Message):
     __slots__ = ("operation", "path", "is_usable", "detail", "serves_up_to_byte_count", "times")

@@ -352,7 +352,7 @@ class ExecuteResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[StepResult, _Mapping]] = ..., progress: _Optional[_Union[RankProgress, _Mapping]] = ..., failure: _Optional[_Union[RankFailure, _Mapping]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("command_id", "step", "token_ids", "flags", "logprobs", "top_token_ids", "top_logprobs", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros", "prompt_logprobs", "prompt_top_token_ids", "prompt_top_logprobs")
+    __slots__ = ("command_id", "step", "token_ids", "flags", "logprobs", "top_token_ids", "top_logprobs", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros", "prompt_logprobs", "prompt_top_token_ids", "prompt_top_logprobs", "collective_count", "collective_micros")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -368,6 +368,8 @@ class StepResult(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_MICROS_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     step: int
     token_ids: bytes
@@ -383,10 +385,12 @@ class StepResult(_message.Message):
     prompt_logprobs: bytes
     prompt_top_token_ids: bytes
     prompt_top_logprobs: bytes
-    def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_micros: _Optional[int] = ..., all_reduce_count: _Optional[int] = ..., arrival_micros: _Optional[int] = ..., idle_micros: _Optional[int] = ..., comm_micros: _Optional[int] = ..., prompt_logprobs: _Optional[bytes] = ..., prompt_top_token_ids: _Optional[bytes] = ..., prompt_top_logprobs: _Optional[bytes] = ...) -> None: ...
+    collective_count: int
+    collective_micros: int
+    def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_micros: _Optional[int] = ..., all_reduce_count: _Optional[int] = ..., arrival_micros: _Optional[int] = ..., idle_micros: _Optional[int] = ..., comm_micros: _Optional[int] = ..., prompt_logprobs: _Optional[bytes] = ..., prompt_top_token_ids: _Optional[bytes] = ..., prompt_top_logprobs: _Optional[bytes] = ..., collective_count: _Optional[int] = ..., collective_micros: _Optional[int] = ...) -> None: ...
 
 class RankProgress(_message.Message):
-    __slots__ = ("command_id", "step", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros")
+    __slots__ = ("command_id", "step", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros", "collective_count", "collective_micros")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEP_MICROS_FIELD_NUMBER: _ClassVar[int]
@@ -394,6 +398,8 @@ class RankProgress(_message.Message):
     ARRIVAL_MICROS_FIELD_NUMBER: _ClassVar[int]
     IDLE_MICROS_FIELD_NUMBER: _ClassVar[int]
     COMM_MICROS_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_MICROS_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     step: int
     step_micros: int
@@ -401,7 +407,9 @@ class RankProgress(_message.Message):
     arrival_micros: int
     idle_micros: int
     comm_micros: int
-    def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., step_micros: _Optional[int] = ..., all_reduce_count: _Optional[int] = ..., arrival_micros: _Optional[int] = ..., idle_micros: _Optional[int] = ..., comm_micros: _Optional[int] = ...) -> None: ...
+    collective_count: int
+    collective_micros: int
+    def __init__(self, command_id: _Optional[int] = ..., step: _Optional[int] = ..., step_micros: _Optional[int] = ..., all_reduce_count: _Optional[int] = ..., arrival_micros: _Optional[int] = ..., idle_micros: _Optional[int] = ..., comm_micros: _Optional[int] = ..., collective_count: _Optional[int] = ..., collective_micros: _Optional[int] = ...) -> None: ...
 
 class RankFailure(_message.Message):
     __slots__ = ("command_id", "step", "is_refusal", "message")
@@ -436,10 +444,32 @@ class DumpFlightRecorderRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DumpFlightRecorderResponse(_message.Message):
-    __slots__ = ("json",)
-    JSON_FIELD_NUMBER: _ClassVar[int]
-    json: str
-    def __init__(self, json: _Optional[str] = ...) -> None: ...
+    __slots__ = ("collectives", "now_nanos", "ended_count", "ended_micros")
+    COLLECTIVES_FIELD_NUMBER: _ClassVar[int]
+    NOW_NANOS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ENDED_MICROS_FIELD_NUMBER: _ClassVar[int]
+    collectives: _containers.RepeatedCompositeFieldContainer[CollectiveRecord]
+    now_nanos: int
+    ended_count: int
+    ended_micros: int
+    def __init__(self, collectives: _Optional[_Iterable[_Union[CollectiveRecord, _Mapping]]] = ..., now_nanos: _Optional[int] = ..., ended_count: _Optional[int] = ..., ended_micros: _Optional[int] = ...) -> None: ...
+
+class CollectiveRecord(_message.Message):
+    __slots__ = ("sequence", "operation", "path", "byte_count", "begun_nanos", "ended_nanos")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_NANOS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_NANOS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    operation: str
+    path: str
+    byte_count: int
+    begun_nanos: int
+    ended_nanos: int
+    def __init__(self, sequence: _Optional[int] = ..., operation: _Optional[str] = ..., path: _Optional[str] = ..., byte_count: _Optional[int] = ..., begun_nanos: _Optional[int] = ..., ended_nanos: _Optional[int] = ...) -> None: ...
 
 class ShutdownRequest(_message.Message):
     __slots__ = ("reason",)

@@ -160,7 +160,7 @@ class WorkerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DumpFlightRecorder(self, request, context):
-        """The last collectives of this rank. UNIMPLEMENTED in this version.
+        """The last collectives of this rank; answered while a step hangs in one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

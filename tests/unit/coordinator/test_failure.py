@@ -47,6 +47,13 @@ def test_the_root_is_the_rank_that_failed_not_the_one_that_waited(
     assert str(find_root(LOST, answers)) == root
 
 
+def test_the_rank_behind_in_its_collectives_is_the_root_where_no_rank_has_an_error() -> None:
+    waited = "rank 1 lost at step 5: the others wait for it (seen at rank 0: silent)"
+    assert str(find_root(LOST, [answer(), answer("CommAborted: y")], [1])) == waited
+    failed = "rank 1 lost at step 5: ValueError: x"
+    assert str(find_root(LOST, [answer(), answer("ValueError: x")], [0])) == failed
+
+
 def test_a_rank_of_this_boot_with_that_start_time_is_killed_and_no_other() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         hello = worker_pb2.HelloResponse(

@@ -1,6 +1,7 @@
 """Losing a rank: every guard with the fault planted that it is there for."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 
 from coordinator.errors import StartRefused
 from lockstep.daemon.exit_codes import ExitCode
+from protos.lockstep.v1 import worker_pb2
 from tests.helpers.engine_harness import Harness, running_group, wait_for_group
 from tests.helpers.fake_worker import FakeSettings, expected_output
 
@@ -100,6 +102,66 @@ def test_a_stalled_rank_that_does_not_answer_is_named_not_the_one_that_waits(ran
 
             message = await lose(group, stall)
             assert message.startswith(f"rank {rank} lost at step ")
+
+    asyncio.run(run())
+
+
+def collectives(*ended: bool) -> list[worker_pb2.CollectiveRecord]:
+    now = time.monotonic_ns()
+    return [
+        worker_pb2.CollectiveRecord(
+            sequence=7 + number,
+            operation="all_reduce",
+            path="one_shot",
+            byte_count=8192,
+            begun_nanos=now,
+            ended_nanos=now * is_ended,
+        )
+        for number, is_ended in enumerate(ended)
+    ]
+
+
+def test_the_records_of_a_stall_name_the_rank_and_the_collective_to_clients_and_operators() -> None:
+    async def run() -> None:
+        settings = two()
+        settings[0].collectives = collectives(True, False)
+        settings[1].collectives = collectives(True)
+        async with running_group(settings, step_timeout=0.5) as group:
+
+            def stall() -> None:
+                for one in settings:
+                    one.is_stalled = True
+
+            message = await lose(group, stall)
+            assert message.startswith("rank 1 lost at step ")
+            assert "others wait for it (seen at rank 0" in message or "unreported" in message
+            finding = "rank 1 has not issued call 8, all_reduce of 8192 bytes by one_shot"
+            assert finding in message
+            stalled = group.heard.states[-1].server.last_stall.splitlines()
+            assert finding in stalled[0]
+            assert [line[:14] for line in stalled[1:]] == [
+                "rank 0: call 7",
+                "rank 0: call 8",
+                "rank 1: call 7",
+            ]
+            # What an abort frees looks as if it had ended.
+            for worker in group.workers:
+                asked = [call for call in worker.calls if call in ("DumpFlightRecorder", "Quiesce")]
+                assert asked == ["DumpFlightRecorder", "Quiesce"]
+
+    asyncio.run(run())
+
+
+def test_records_without_a_stall_are_no_part_of_the_error() -> None:
+    async def run() -> None:
+        settings = two()
+        for one in settings:
+            one.collectives = collectives(True)
+        settings[1].fail_at_command = 20
+        async with running_group(settings) as group:
+            message = await lose(group, lambda: None)
+            assert message == "rank 1 lost at step 20: failed in command 20: planted failure"
+            assert not group.heard.states[-1].server.last_stall
 
     asyncio.run(run())
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.tpcomm.rank_pool import Rank
-from tpcomm import CommAborted, CommError, CommTimeout, ReduceOp
+from tpcomm import CollectiveRecord, CommAborted, CommError, CommTimeout, ReduceOp
 from tpcomm.norm_kernel import add_rms_norm_reference
 
 ABORT_TIMEOUT_S = 4.0
@@ -303,7 +303,7 @@ def recorded_calls(rank: Rank, backend: str, group_id: bytes) -> list[tuple[int,
     comm.all_gather(torch.ones(3, device=rank.device).long())
     comm.broadcast(torch.ones(20, device=rank.device))
     comm.barrier(20.0)
-    records = comm.recorded()[-5:]
+    records = comm.recorded().calls[-5:]
     assert rank.device.type == "cuda" or {record.path for record in records} == {backend}
     now = time.monotonic_ns()
     times = [value for record in records for value in (record.begun_ns, record.ended_ns)]
@@ -322,16 +322,16 @@ def record_of_a_waiting_call(
     if rank.device.type == "cuda":
         torch.cuda.synchronize()
     is_absent = rank.rank == rank.world_size - 1
-    found = []
+    found: list[CollectiveRecord] = []
 
     def read() -> None:
         """From another thread, as soon as the call has begun."""
         deadline = time.monotonic() + ABORT_TIMEOUT_S / 2
-        while not is_absent and comm.recorded()[-1].num_bytes != 28:
+        while not is_absent and comm.recorded().calls[-1].num_bytes != 28:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.01)
-        found.extend(comm.recorded())
+        found.extend(comm.recorded().calls)
         if not is_absent:
             comm.abort()
 

@@ -70,6 +70,7 @@ def main() -> None:
             "whole_vectors": whole,
             "cubin_bytes": len(compiled.asm["cubin"]),
             "shared_bytes": compiled.metadata.shared,
+            "fences": len(re.findall(r"\b(?:fence|membar)\.", ptx)),
             "instructions": sorted(set(re.findall(r"(?:ld|st|atom)\.[\w.]*global[\w.]*", ptx))),
         }
         print(json.dumps(report), flush=True)

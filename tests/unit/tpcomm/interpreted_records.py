@@ -9,6 +9,7 @@ import dataclasses
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -30,8 +31,8 @@ LATE_S = 0.3
 LIMIT_S = 20.0
 
 
-def recorded(tables: StagingTables) -> list[CollectiveRecord]:
-    return unpack_ring(tables.ring.tolist(), 0)
+def recorded(tables: StagingTables) -> Sequence[CollectiveRecord]:
+    return unpack_ring(tables.ring.tolist(), 0).calls
 
 
 def expect(tables: StagingTables, calls: list[tuple[int, str, str, int]]) -> None:
@@ -64,6 +65,8 @@ def every_kernel_is_recorded(tables: StagingTables) -> None:
             (9, "all_reduce_add_rms_norm", "fused", 1200),
         ],
     )
+    waits = sum(call.ended_ns - call.begun_ns for call in recorded(tables))
+    assert tables.ring[-1].tolist() == [8, waits, 0, 0]
 
 
 def nccl_call(tables: StagingTables, operation: str, num_bytes: int) -> None:
