@@ -95,6 +95,15 @@ class Batch:
         """Of requests that hold a slot: tokens whose chunks are not sent yet."""
         return sum(request.prefill_len - request.num_prefilled for request in self._prefilling)
 
+    def nth_to_begin(self, place: int) -> Request | None:
+        """Of the requests that hold a slot: the first (0) got it before all others."""
+        return next(islice(self._active.values(), place, None), None)
+
+    @property
+    def num_prompt_tokens_sent(self) -> int:
+        """In chunks whose steps are not reported yet."""
+        return self._prompt_tokens.total()
+
     def await_mask(self, request: Request) -> None:
         """Keeps a new constrained request out of the queue until `mask_came`."""
         self._maskless.add(request)

@@ -120,6 +120,11 @@ class Request:
         return len(self.prompt_ids)
 
     @property
+    def num_steps(self) -> int:
+        """That it took part in: each gives a token or computes a chunk that ends no prompt."""
+        return len(self.output_ids) - self.num_resumed + self.num_partial_chunks
+
+    @property
     def num_to_prefill(self) -> int:
         """Tokens to compute before it can go on; late results still add to it."""
         return self.prompt_len + len(self.output_ids)

@@ -290,7 +290,8 @@ class RequestBook:
         ended.times.CopyFrom(self._epoch.keeper.ended(request, now))
         self.outbox.add_end(request.frontend, ended)
         if request.first_chunk_time:
-            self._epoch.control.predictor.observe_stay(now - request.first_chunk_time)
+            stay_s = now - request.first_chunk_time
+            self._epoch.control.predictor.observe_stay(stay_s, request.num_steps)
         batch.queue.charge_output(request)
         batch.finish(request)
         if request.constraint_key and self._constraints is not None:
@@ -310,7 +311,7 @@ class RequestBook:
         queue = self._epoch.batch.queue
         self.metrics.queue_prompt_tokens = queue.num_prompt_tokens
         self.metrics.num_tenants_waiting = queue.num_tenants
-        self.metrics.predicted_ttft = self._epoch.control.time_to_first_token()
+        self.metrics.predicted_ttft = self._epoch.control.time_to_first_token(self._clock())
 
 
 def _ends_at_stop_id(request: Request) -> bool:

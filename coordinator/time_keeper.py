@@ -56,14 +56,12 @@ class TimeKeeper:
     def _times(self, request: Request, now: float) -> engine_pb2.RequestTimes:
         first_chunk = request.first_chunk_time or now
         first_token = request.first_token_time
-        num_generated = len(request.output_ids) - request.num_resumed
         return engine_pb2.RequestTimes(
             queue_seconds=max(first_chunk - request.arrival_time, 0.0),
             prefill_seconds=first_token - first_chunk if first_token else 0.0,
             decode_seconds=now - first_token if first_token else 0.0,
             comm_share=self._comm_share(request),
-            # A step gives a token or computes a chunk that does not end the prompt.
-            step_count=num_generated + request.num_partial_chunks,
+            step_count=request.num_steps,
             preemption_count=request.num_preemptions,
             cached_token_count=request.num_cached_tokens,
             epoch=self._epoch,

@@ -84,8 +84,38 @@ def test_prompts_that_are_partly_prefilled_are_ahead() -> None:
     control, batch = make_control()
     fill(batch, 1, prompt_len=450)
     assert batch.next_command()  # 100 of them
-    with pytest.raises(Refused, match="predicted in 4.5"):
+    with pytest.raises(Refused, match="predicted in 5.5"):
         check(control, 1.0)
+
+
+def test_a_prompt_that_was_sent_is_ahead_until_its_step_is_reported() -> None:
+    control, batch = make_control(max_time_s=0.5)
+    fill(batch, 1)
+    assert batch.next_command()
+    with pytest.raises(Refused, match=r"a wait of 1.01 s is predicted"):
+        control.check(make_request(999, prompt_len=1), NOW)
+    assert batch.pop_prompt_tokens(1) == 100
+    control.check(make_request(999), NOW)
+
+
+def test_after_a_rush_the_limit_on_the_wait_knows_that_no_slot_is_about_to_come_free() -> None:
+    control, batch = make_control(max_time_s=1.0)
+    requests = [make_request(order, prompt_len=10) for order in range(8)]
+    for request in requests:
+        batch.enqueue(request)
+    assert batch.next_command() and batch.pop_prompt_tokens(1)
+    for place, request in enumerate(requests):
+        request.first_chunk_time = NOW - 4.0 + 0.1 * place
+        request.output_ids = [1] * 10
+    for _ in range(10):
+        control.predictor.observe_stay(4.0, 40)
+    with pytest.raises(Refused, match=r"a wait of 12.00 s is predicted"):
+        control.check(make_request(999), NOW)
+    requests[0].output_ids = [1] * 39  # as if it had begun much earlier
+    control.check(make_request(999), NOW)
+    batch.enqueue(make_request(998, prompt_len=1))  # which gets that slot
+    with pytest.raises(Refused, match=r"a wait of 11.70 s is predicted"):
+        control.check(make_request(999), NOW)
 
 
 def test_a_queue_of_too_many_requests_is_full_until_one_is_predicted_to_leave() -> None:
@@ -94,7 +124,7 @@ def test_a_queue_of_too_many_requests_is_full_until_one_is_predicted_to_leave() 
         batch.enqueue(make_request(order, prompt_len=10))
     assert batch.next_command() and batch.num_running == 8
     for _ in range(10):
-        control.predictor.observe_stay(16.0)
+        control.predictor.observe_stay(16.0, 16)
     fill(batch, 2)
     control.check(make_request(999), NOW)
     batch.enqueue(make_request(998))
@@ -139,6 +169,6 @@ def test_a_retry_delay_is_told_though_nothing_was_measured() -> None:
 
 def test_the_prediction_that_is_exported_is_for_the_end_of_the_queue() -> None:
     control, batch = make_control()
-    idle = control.time_to_first_token()
+    idle = control.time_to_first_token(NOW)
     fill(batch, 4)
-    assert control.time_to_first_token() == pytest.approx(idle + 3.01)
+    assert control.time_to_first_token(NOW) == pytest.approx(idle + 3.01)

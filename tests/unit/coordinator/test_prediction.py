@@ -1,5 +1,6 @@
 """Predictions from synthetic histories."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,12 +12,15 @@ from coordinator.prediction import Load, Predictor
 BUDGET = 1000
 
 
-def learnt(steps: list[tuple[int, float]], stays: list[float] = []) -> Predictor:  # noqa: B006
+def learnt(
+    steps: list[tuple[int, float]],
+    stays: list[tuple[float, int]] = [],  # noqa: B006
+) -> Predictor:
     predictor = Predictor(BUDGET)
     for num_tokens, seconds in steps:
         predictor.observe_step(num_tokens, seconds)
-    for seconds in stays:
-        predictor.observe_stay(seconds)
+    for seconds, num_steps in stays:
+        predictor.observe_stay(seconds, num_steps)
     return predictor
 
 
@@ -41,6 +45,22 @@ def test_short_prompts_in_long_steps_are_not_taken_for_the_throughput() -> None:
     assert predictor.time_to_first_token(4000, Load()) == pytest.approx(4 * 0.010 + 0.4, rel=0.01)
 
 
+def test_steps_without_prompts_tell_what_a_token_of_prompts_all_alike_costs() -> None:
+    predictor = learnt([(32, 0.182), (0, 0.054)] * 50)
+    assert predictor.time_to_first_token(8 * 32, Load()) == pytest.approx(0.054 + 8 * 0.128)
+    # Where lengths differ they hardly count: other kernels may run then.
+    predictor = learnt([(5, 0.0105), (15, 0.0115), (8, 0.0108), (0, 0.008)] * 40)
+    assert predictor.time_to_first_token(900, Load()) == pytest.approx(0.010 + 0.09, rel=0.2)
+
+
+def test_prompts_that_the_ranks_compute_now_are_waited_for_whatever_is_cached() -> None:
+    predictor = learnt([(1000, 0.2)] * 10)
+    for _ in range(200):
+        predictor.observe_admission(1000, 500)
+    sent = Load(num_tokens_sent=2000)
+    assert predictor.time_to_first_token(2000, sent) == pytest.approx(0.4 + 0.2, rel=0.01)
+
+
 def test_rows_that_decode_leave_less_of_a_step_to_prompts() -> None:
     predictor = learnt([(1000, 0.2)] * 100)
     beside = Load(num_running=500, num_free_slots=9)
@@ -48,7 +68,7 @@ def test_rows_that_decode_leave_less_of_a_step_to_prompts() -> None:
 
 
 def test_a_lack_of_slots_waits_for_requests_to_end() -> None:
-    predictor = learnt([(1000, 0.001)] * 10, [8.0] * 10)
+    predictor = learnt([(1000, 0.001)] * 10, [(8.0, 80)] * 10)
     full = Load(num_requests_ahead=7, num_running=16, num_free_slots=0)
     # 8 have to end of 16 that stay 8 s each.
     assert predictor.time_to_first_token(1, full) == pytest.approx(4.0, abs=0.01)
@@ -56,15 +76,33 @@ def test_a_lack_of_slots_waits_for_requests_to_end() -> None:
     assert predictor.time_to_drain(2, 0, full) == pytest.approx(1.0)
 
 
+def test_after_a_rush_no_slot_comes_free_before_the_first_has_taken_its_steps() -> None:
+    predictor = learnt([(1000, 0.001)] * 10, [(2.0, 40)] * 10)
+    # All began together and are twice as slow as those before, 10 of 40 steps done.
+    full = Load(num_running=16, num_free_slots=0, slot_age_s=1.0, slot_age_steps=10)
+    assert predictor.time_to_first_token(1, full) == pytest.approx(3.0, abs=0.01)
+    none_done = replace(full, slot_age_s=0.0, slot_age_steps=0)
+    assert predictor.time_to_first_token(1, none_done) == pytest.approx(2.0, abs=0.01)
+    # Taken one by one, the oldest has one step left of 16 apart: as often as one ends.
+    steady = replace(full, slot_age_s=1.9, slot_age_steps=38)
+    assert predictor.time_to_first_token(1, steady) == pytest.approx(2.0 / 16, abs=0.01)
+
+
+def test_where_stays_differ_much_a_rush_is_not_taken_to_end_together() -> None:
+    predictor = learnt([(1000, 0.001)] * 10, [(0.1, 2), (4.0, 80)] * 100)
+    full = Load(num_running=16, num_free_slots=0, slot_age_s=0.1, slot_age_steps=2)
+    assert predictor.time_to_first_token(1, full) == pytest.approx(2.0 / 16, rel=0.1)
+
+
 def test_a_lack_of_blocks_waits_for_what_is_in_use() -> None:
-    predictor = learnt([(1000, 0.001)] * 10, [8.0] * 10)
+    predictor = learnt([(1000, 0.001)] * 10, [(8.0, 80)] * 10)
     load = Load(num_running=4, num_used_positions=1000, num_free_positions=100)
     assert predictor.time_to_first_token(350, load) == pytest.approx(2.0, abs=0.01)
     assert predictor.time_to_first_token(100, load) < 0.01
 
 
 def test_prompts_are_expected_in_the_prefix_cache_as_often_as_the_last_ones_were() -> None:
-    predictor = learnt([(1000, 0.2)] * 10, [8.0] * 10)
+    predictor = learnt([(1000, 0.2)] * 10, [(8.0, 80)] * 10)
     for _ in range(200):
         predictor.observe_admission(1000, 750)
         predictor.observe_admission(200, 50)
@@ -83,11 +121,14 @@ def test_recent_steps_count_more_than_old_ones() -> None:
 
 
 STEPS = st.lists(st.tuples(st.integers(0, 2000), st.floats(1e-5, 10.0)), max_size=40)
-STAYS = st.lists(st.floats(0.0, 1e4), max_size=10)
+STAYS = st.lists(st.tuples(st.floats(0.0, 1e4), st.integers(0, 10**5)), max_size=10)
 LOADS = st.builds(
     Load,
     num_requests_ahead=st.floats(0, 1e4),
     num_tokens_ahead=st.floats(0, 1e7),
+    num_tokens_sent=st.integers(0, 10**4),
+    slot_age_s=st.floats(0, 1e4),
+    slot_age_steps=st.integers(0, 10**5) | st.just(math.inf),
     num_running=st.integers(0, 1024),
     num_free_slots=st.integers(0, 1024),
     num_used_positions=st.integers(0, 10**7),
@@ -105,7 +146,7 @@ LOADS = st.builds(
 )
 def test_more_ahead_is_never_predicted_to_be_sooner(
     steps: list[tuple[int, float]],
-    stays: list[float],
+    stays: list[tuple[float, int]],
     load: Load,
     own: int,
     more: tuple[float, float, int],
@@ -118,6 +159,7 @@ def test_more_ahead_is_never_predicted_to_be_sooner(
         load,
         num_requests_ahead=load.num_requests_ahead + more[0],
         num_tokens_ahead=load.num_tokens_ahead + more[1],
+        num_tokens_sent=load.num_tokens_sent + more[2],
     )
     before = predictor.time_to_first_token(own, load)
     after = predictor.time_to_first_token(own + more[2], longer)
