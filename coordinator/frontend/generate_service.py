@@ -89,7 +89,7 @@ class GenerateService:
     async def generate(self, request: generate_pb2.GenerateRequest, context: Any) -> None:
         """Streams events as fast as the client takes them; what queues meanwhile is joined."""
         async with (
-            self.open_call("Generate", request, context) as call,
+            self.open_call(f"{_SERVICE}/Generate", request, context) as call,
             self._slow_clients.watch(call.streams),
         ):
             while not call.is_done:
@@ -100,7 +100,7 @@ class GenerateService:
         self, request: generate_pb2.GenerateUnaryRequest, context: Any
     ) -> generate_pb2.GenerateUnaryResponse:
         """The same events, joined."""
-        async with self.open_call("GenerateUnary", request.request, context) as call:
+        async with self.open_call(f"{_SERVICE}/GenerateUnary", request.request, context) as call:
             answer = UnaryAnswer(call.num_samples)
             while not call.is_done:
                 for event in await call.next_events():
@@ -142,6 +142,7 @@ class GenerateService:
     ) -> AsyncIterator[Call]:
         """One call in the engine, for the length of the block; what still runs then is released.
 
+        `method` is its full name, package.Service/Method.
         Trailing metadata say where the time went, however it ends.
         """
         with self._counted_call(), self._span(method, context) as span:

@@ -81,7 +81,7 @@ class VllmService:
         try:
             asked = lockstep_request(request)
             async with self._calls.open_call(
-                "Generate", asked, context, dialect_of(request)
+                f"{SERVICE}/Generate", asked, context, dialect_of(request)
             ) as call:
                 answer = VllmAnswer(request.stream, call.num_samples)
                 async with self._slow_clients.watch(call.streams):
