@@ -72,9 +72,16 @@ class GenerateService:
             "GetModelInfo": (unary, self.get_model_info),
             "GetServerInfo": (unary, self.get_server_info),
         }
+        asked = generate_pb2.DESCRIPTOR.message_types_by_name
+        # Paths in either kind of Generate call begin at what both ask.
+        roots = {**asked, "GenerateUnaryRequest": asked["GenerateRequest"]}
         handlers = {
             name: make(
-                answered(method, count if name.startswith("Generate") else _count_nothing),
+                answered(
+                    method,
+                    count if name.startswith("Generate") else _count_nothing,
+                    roots[f"{name}Request"],
+                ),
                 request_deserializer=deserialiser(getattr(generate_pb2, f"{name}Request")),
                 response_serializer=getattr(generate_pb2, f"{name}Response").SerializeToString,
             )

@@ -183,7 +183,7 @@ class RequestPreparer:
             case _:
                 raise BadRequest("prompt", "unset", "one of text, chat and token_ids")
         check_prompt_length(len(ids), limits)
-        return check_token_ids("tokenised prompt", ids, limits)
+        return check_token_ids("prompt", ids, limits)
 
     async def _chat_ids(self, chat: generate_pb2.ChatPrompt, limits: ModelLimits) -> Sequence[int]:
         tokenizer = self._text.require_tokenizer()
@@ -202,10 +202,10 @@ class RequestPreparer:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
 
-def check_request_id(request_id: str) -> None:
+def check_request_id(request_id: str, field: str = "request_id") -> None:
     """Raises BadRequest."""
     if not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:
-        raise BadRequest("request_id", request_id, f"1 to {MAX_REQUEST_ID_CHARS} characters long")
+        raise BadRequest(field, request_id, f"1 to {MAX_REQUEST_ID_CHARS} characters long")
 
 
 def _checked_ids(field: str, ids: Sequence[int], limits: ModelLimits) -> _Ids:

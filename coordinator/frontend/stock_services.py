@@ -39,7 +39,7 @@ def _of_one_message(
 
     Anybody may open these calls. On the wire they are the same.
     """
-    answer = answered(method, _count_nothing)
+    answer = answered(method, _count_nothing, health_pb2.HealthCheckRequest.DESCRIPTOR)
 
     async def handler(requests: Any, context: Any) -> None:
         request, problem = None, "the call has no message"

@@ -234,7 +234,7 @@ def check_prompt_length(num_prompt_tokens: int, limits: ModelLimits) -> None:
     most = limits.max_model_len - 1
     if not 1 <= num_prompt_tokens <= most:
         limit = f"at least 1 and at most {most} (max_model_len {limits.max_model_len} less 1)"
-        raise BadRequest("prompt tokens", num_prompt_tokens, limit, "number of")
+        raise BadRequest("prompt", num_prompt_tokens, limit, "number of tokens in")
 
 
 def _max_tokens(fields: RequestFields, limits: ModelLimits, num_prompt_tokens: int) -> int:

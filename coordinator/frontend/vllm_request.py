@@ -3,13 +3,18 @@
 from collections.abc import Sequence
 
 from coordinator.errors import BadRequest
+from coordinator.frontend.errors import RequestFailed
 from coordinator.frontend.request_preparer import Dialect
 from coordinator.frontend.sampling_limits import MAX_INT32
 from protos.lockstep.v1 import generate_pb2
 from protos.vllm_engine import vllm_engine_pb2
 
 # Fields of ours that the protocol calls otherwise.
-_NAMES = {"token_ids.ids": "tokenized.input_ids", "gbnf_grammar": "grammar"}
+_NAMES = {
+    "prompt": "input",
+    "token_ids.ids": "tokenized.input_ids",
+    "gbnf_grammar": "grammar",
+}
 
 
 def lockstep_request(request: vllm_engine_pb2.GenerateRequest) -> generate_pb2.GenerateRequest:
@@ -43,14 +48,17 @@ def dialect_of(request: vllm_engine_pb2.GenerateRequest) -> Dialect:
     )
 
 
-def in_callers_words(error: BadRequest) -> BadRequest:
-    """The same refusal with the name that the field has in `VllmEngine`."""
-    for ours, theirs in _NAMES.items():
-        if ours in error.field:
-            return BadRequest(
-                error.field.replace(ours, theirs), error.value, error.limit, error.aspect
-            )
-    return error
+def in_callers_words(error: BadRequest | RequestFailed) -> BadRequest | RequestFailed:
+    """The same refusal, ours or the engine's, with the name that the field has in `VllmEngine`."""
+    ours, bracket, index = error.field.partition("[")
+    theirs = _NAMES.get(ours)
+    if theirs is None:
+        return error
+    field = f"{theirs}{bracket}{index}"
+    if isinstance(error, BadRequest):
+        return BadRequest(field, error.value, error.limit, error.aspect)
+    message = str(error).replace(ours, theirs, 1)
+    return RequestFailed(error.status_code, message, error.retry_after_s, field)
 
 
 def _sampling_params(params: vllm_engine_pb2.SamplingParams) -> generate_pb2.SamplingParams:

@@ -16,6 +16,7 @@ import grpc
 from coordinator.errors import BadRequest
 from coordinator.frontend.availability import Availability
 from coordinator.frontend.checkpoint_text import CheckpointText
+from coordinator.frontend.errors import RequestFailed
 from coordinator.frontend.generate_service import GenerateService
 from coordinator.frontend.rejections import answered
 from coordinator.frontend.request_preparer import check_request_id
@@ -68,7 +69,11 @@ class VllmService:
         }
         handlers = {
             name: make(
-                answered(method, count_rejected if name == "Generate" else _count_nothing),
+                answered(
+                    method,
+                    count_rejected if name == "Generate" else _count_nothing,
+                    vllm_engine_pb2.DESCRIPTOR.message_types_by_name[f"{name}Request"],
+                ),
                 request_deserializer=deserialiser(getattr(vllm_engine_pb2, f"{name}Request")),
                 response_serializer=response.SerializeToString,
             )
@@ -93,7 +98,7 @@ class VllmService:
                     await call.wait_for_times()
                     for complete in answer.completes(call.cached_token_count):
                         await context.write(complete)
-        except BadRequest as error:
+        except (BadRequest, RequestFailed) as error:
             raise in_callers_words(error) from None
 
     async def abort(
@@ -103,8 +108,8 @@ class VllmService:
         names = request.request_ids
         if len(names) > _MAX_ABORTS:
             raise BadRequest("request_ids", len(names), f"at most {_MAX_ABORTS}", "number of")
-        for name in names:
-            check_request_id(name)  # all or none
+        for index, name in enumerate(names):
+            check_request_id(name, f"request_ids[{index}]")  # all or none
         asked = (generate_pb2.AbortRequest(request_id=name) for name in names)
         await asyncio.gather(*(self._calls.abort(one, context) for one in asked))
         return vllm_engine_pb2.AbortResponse()
