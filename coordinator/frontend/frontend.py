@@ -117,7 +117,6 @@ class Frontend:
             text,
             config.served_model_name,
             self._slow_clients,
-            executor,
         )
         handler = gateway.handler(self._link.report_rejected)
         self._server.add_generic_rpc_handlers((handler,))

@@ -8,7 +8,6 @@ import asyncio
 import datetime
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
 from typing import Any
 
 import grpc
@@ -21,7 +20,7 @@ from coordinator.frontend.generate_service import GenerateService
 from coordinator.frontend.rejections import answered
 from coordinator.frontend.request_preparer import check_request_id
 from coordinator.frontend.slow_clients import SlowClientWatch
-from coordinator.frontend.tokenizer_archive import tokenizer_archive, tokenizer_chunks
+from coordinator.frontend.tokenizer_archive import TokenizerPieces
 from coordinator.frontend.vllm_answer import VllmAnswer
 from coordinator.frontend.vllm_info import checkpoint_info, loads, server_info
 from coordinator.frontend.vllm_request import dialect_of, in_callers_words, lockstep_request
@@ -43,16 +42,14 @@ class VllmService:
         text: CheckpointText,
         served_model_name: str,
         slow_clients: SlowClientWatch,
-        executor: Executor,
     ) -> None:
         self._calls = calls
         self._availability = availability
         self._text = text
         self._model = checkpoint_info(text, served_model_name)
         self._slow_clients = slow_clients
-        self._executor = executor
         self._started = time.monotonic()
-        self._archive = b""
+        self._tokenizer = TokenizerPieces(text.model_dir)
 
     def handler(self, count_rejected: Callable[[str], None]) -> grpc.GenericRpcHandler:
         """What a server is given to serve these calls; `count_rejected` is told of refusals."""
@@ -155,14 +152,9 @@ class VllmService:
     async def get_tokenizer(
         self, request: vllm_engine_pb2.GetTokenizerRequest, context: Any
     ) -> None:
-        """Streams the archive, made at the first call. FAILED_PRECONDITION without a tokenizer."""
+        """Streams the archive. FAILED_PRECONDITION without a tokenizer."""
         self._text.require_tokenizer()
-        if not self._archive:
-            loop = asyncio.get_running_loop()
-            self._archive = await loop.run_in_executor(
-                self._executor, tokenizer_archive, self._text.model_dir
-            )
-        for chunk in tokenizer_chunks(self._archive):
+        for chunk in await self._tokenizer.get():
             await context.write(chunk)
 
 
