@@ -69,11 +69,13 @@ def rejection_of(error: CoordinatorError) -> Rejection:
 
 
 def answered(
-    method: Callable[[Any, Any], Awaitable[Any]], count: Callable[[str], None], asked: Descriptor
+    method: Callable[[Any, Any], Awaitable[Any]],
+    count: Callable[[str], None] | None,
+    asked: Descriptor,
 ) -> Callable[[Message | Unparsable, Any], Awaitable[Message | None]]:
-    """Wraps a handler: its errors become statuses, and refusals are given to `count` by reason.
+    """Wraps a handler: its errors become statuses, with paths of fields from the message `asked`.
 
-    Fields at fault are named by their paths in the request message, `asked`.
+    Refusals are given to `count` by reason; None: they count nowhere.
     """
 
     async def handler(request: Message | Unparsable, context: Any) -> Message | None:
@@ -84,7 +86,7 @@ def answered(
             return response
         except CoordinatorError as error:
             rejection, message = rejection_of(error), str(error)
-        if rejection.reason is not None:
+        if rejection.reason is not None and count is not None:
             count(rejection.reason)
         metadata = (*context.trailing_metadata(), *_hints(rejection, message, asked))
         # Not within the except: the error may quote the request, and tracebacks go to the log.

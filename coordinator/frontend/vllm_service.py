@@ -7,7 +7,7 @@ the same engine, the same ends. Methods that are not here answer UNIMPLEMENTED.
 import asyncio
 import datetime
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -17,18 +17,16 @@ from coordinator.frontend.availability import Availability
 from coordinator.frontend.checkpoint_text import CheckpointText
 from coordinator.frontend.errors import RequestFailed
 from coordinator.frontend.generate_service import GenerateService
-from coordinator.frontend.rejections import answered
 from coordinator.frontend.request_preparer import check_request_id
+from coordinator.frontend.services import VLLM_ENGINE, Method, service_handler
 from coordinator.frontend.slow_clients import SlowClientWatch
 from coordinator.frontend.tokenizer_archive import TokenizerPieces
 from coordinator.frontend.vllm_answer import VllmAnswer
 from coordinator.frontend.vllm_info import checkpoint_info, loads, server_info
 from coordinator.frontend.vllm_request import dialect_of, in_callers_words, lockstep_request
-from coordinator.frontend.wire import deserialiser
 from protos.lockstep.v1 import generate_pb2
 from protos.vllm_engine import vllm_engine_pb2
 
-SERVICE = "vllm.grpc.engine.VllmEngine"
 _MAX_ABORTS = 1024
 
 
@@ -51,39 +49,25 @@ class VllmService:
         self._started = time.monotonic()
         self._tokenizer = TokenizerPieces(text.model_dir)
 
-    def handler(self, count_rejected: Callable[[str], None]) -> grpc.GenericRpcHandler:
+    def handler(self, count_rejected: Callable[[str], None]) -> grpc.ServiceRpcHandler:
         """What a server is given to serve these calls; `count_rejected` is told of refusals."""
-        stream, unary = grpc.unary_stream_rpc_method_handler, grpc.unary_unary_rpc_method_handler
-        chunk = vllm_engine_pb2.GetTokenizerChunk
-        calls: dict[str, tuple[Any, Callable[[Any, Any], Awaitable[Any]], Any]] = {
-            "Generate": (stream, self.generate, vllm_engine_pb2.GenerateResponse),
-            "Abort": (unary, self.abort, vllm_engine_pb2.AbortResponse),
-            "HealthCheck": (unary, self.health_check, vllm_engine_pb2.HealthCheckResponse),
-            "GetModelInfo": (unary, self.get_model_info, vllm_engine_pb2.GetModelInfoResponse),
-            "GetServerInfo": (unary, self.get_server_info, vllm_engine_pb2.GetServerInfoResponse),
-            "GetLoads": (unary, self.get_loads, vllm_engine_pb2.GetLoadsResponse),
-            "GetTokenizer": (stream, self.get_tokenizer, chunk),
+        methods: dict[str, Method] = {
+            "Generate": self.generate,
+            "Abort": self.abort,
+            "HealthCheck": self.health_check,
+            "GetModelInfo": self.get_model_info,
+            "GetServerInfo": self.get_server_info,
+            "GetLoads": self.get_loads,
+            "GetTokenizer": self.get_tokenizer,
         }
-        handlers = {
-            name: make(
-                answered(
-                    method,
-                    count_rejected if name == "Generate" else _count_nothing,
-                    vllm_engine_pb2.DESCRIPTOR.message_types_by_name[f"{name}Request"],
-                ),
-                request_deserializer=deserialiser(getattr(vllm_engine_pb2, f"{name}Request")),
-                response_serializer=response.SerializeToString,
-            )
-            for name, (make, method, response) in calls.items()
-        }
-        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+        return service_handler(VLLM_ENGINE, methods, count_rejected)
 
     async def generate(self, request: vllm_engine_pb2.GenerateRequest, context: Any) -> None:
         """Streams chunks, then one `complete` an output, whose counts are known only at the end."""
         try:
             asked = lockstep_request(request)
             async with self._calls.open_call(
-                f"{SERVICE}/Generate", asked, context, dialect_of(request)
+                f"{VLLM_ENGINE.full_name}/Generate", asked, context, dialect_of(request)
             ) as call:
                 answer = VllmAnswer(request.stream, call.num_samples)
                 async with self._slow_clients.watch(call.streams):
@@ -156,7 +140,3 @@ class VllmService:
         self._text.require_tokenizer()
         for chunk in await self._tokenizer.get():
             await context.write(chunk)
-
-
-def _count_nothing(reason: str) -> None:
-    """Only refused Generate calls count."""
