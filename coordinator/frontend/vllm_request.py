@@ -1,6 +1,7 @@
 """What a gateway asks of `VllmEngine` -> the same request of `lockstep.v1`. Pure functions."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from coordinator.errors import BadRequest
 from coordinator.frontend.errors import RequestFailed
@@ -80,13 +81,13 @@ def _sampling_params(params: vllm_engine_pb2.SamplingParams) -> generate_pb2.Sam
         ignore_eos=params.ignore_eos,
         n=params.n or 1,
         logit_bias=params.logit_bias,
+        **_constraint(params),
     )
     for name in ("temperature", "seed", "logprobs"):
         if params.HasField(name):
             setattr(asked, name, getattr(params, name))
     if params.HasField("max_tokens"):
         asked.max_tokens = min(params.max_tokens, MAX_INT32)
-    _set_constraint(asked, params)
     return asked
 
 
@@ -101,16 +102,17 @@ def _refuse_unknown_to_us(params: vllm_engine_pb2.SamplingParams) -> None:
             raise BadRequest(name, getattr(params, name), limit)
 
 
-def _set_constraint(
-    asked: generate_pb2.SamplingParams, params: vllm_engine_pb2.SamplingParams
-) -> None:
+def _constraint(params: vllm_engine_pb2.SamplingParams) -> dict[str, Any]:
+    """The field of ours that says the same; empty without a constraint."""
     match params.WhichOneof("constraint"):
-        case "json_schema" | "regex" | "json_object" as name:
-            setattr(asked, name, getattr(params, name))
+        case None:
+            return {}
         case "grammar":
-            asked.gbnf_grammar = params.grammar
+            return {"gbnf_grammar": params.grammar}
         case "choice":
-            asked.choice.choices.extend(params.choice.choices)
+            return {"choice": generate_pb2.ChoiceConstraint(choices=params.choice.choices)}
+        case name:
+            return {name: getattr(params, name)}
 
 
 def _check_int32(field: str, value: int) -> None:

@@ -61,6 +61,7 @@ def asked(**params: Any) -> dict[str, Any]:
         ({"json_schema": "{}"}, {"json_schema": "{}"}),
         ({"regex": "a+"}, {"regex": "a+"}),
         ({"json_object": True}, {"json_object": True}),
+        ({"json_object": False}, {"json_object": False}),
         ({"grammar": "root ::= x"}, {"gbnf_grammar": "root ::= x"}),
         (
             {"choice": vllm.ChoiceConstraint(choices=["a"])},
