@@ -69,7 +69,7 @@ def read_submit(submit: engine_pb2.Submit, frontend: int, limits: ModelLimits) -
     would otherwise reach the ranks. The record's order is not unique yet.
     """
     params = submit.sampling_params
-    stop_ids = tuple(_token_ids(submit.stop_ids, "stop_ids", limits.vocab_size).tolist())
+    stop_ids = tuple(_token_ids(submit.stop_ids, "stop_token_ids", limits.vocab_size).tolist())
     few = f"{len(stop_ids)} stop ids; at most {_MAX_STOP_IDS}"
     _require(len(stop_ids) <= _MAX_STOP_IDS, "stop_token_ids", few)
     resumed = _token_ids(submit.resume_output_ids, "resume_output_ids", limits.vocab_size)

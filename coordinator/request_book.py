@@ -139,11 +139,12 @@ class RequestBook:
             return
         retry_after_s = _RETRY_AFTER_S if reply.status_code == _UNAVAILABLE else 0.0
         status = next(code for code in grpc.StatusCode if code.value[0] == reply.status_code)
+        field = _constraint_field(request) if status is grpc.StatusCode.INVALID_ARGUMENT else ""
         if not batch.is_awaiting_first_mask(request):
-            self.fail(request, status, reply.status_message, retry_after_s)
+            self.fail(request, status, reply.status_message, retry_after_s, field)
             return
         self.metrics.requests_rejected[status.name.lower()] += 1
-        ended = _error(request.handle, status, reply.status_message, retry_after_s)
+        ended = _error(request.handle, status, reply.status_message, retry_after_s, field)
         self._end(request, ended, self._clock())
 
     def release(self, frontend: int, release: engine_pb2.Release) -> None:
@@ -215,8 +216,9 @@ class RequestBook:
         status: grpc.StatusCode,
         message: str,
         retry_after_s: float = 0.0,
+        field: str = "",
     ) -> None:
-        """Ends a request in an error."""
+        """Ends a request in an error; `field` is what is at fault in a bad one."""
         _LOG.info(
             "request %s failed: %s: %s",
             request.request_id,
@@ -225,7 +227,8 @@ class RequestBook:
             extra={"request_id": request.request_id, "epoch": self._epoch_number},
         )
         self.metrics.requests_failed[status.name.lower()] += 1
-        self._end(request, _error(request.handle, status, message, retry_after_s), self._clock())
+        ended = _error(request.handle, status, message, retry_after_s, field)
+        self._end(request, ended, self._clock())
 
     def _admit(self, frontend: int, submit: engine_pb2.Submit) -> Request:
         epoch = self._epoch
@@ -323,6 +326,12 @@ def _ends_at_stop_id(request: Request) -> bool:
 def _ends_resumed(request: Request) -> bool:
     """What a broken call delivered is the whole output."""
     return _ends_at_stop_id(request) or len(request.output_ids) >= request.max_tokens
+
+
+def _constraint_field(request: Request) -> str:
+    """The field of SamplingParams that holds the constraint; "" without one."""
+    constraint = request.constraint
+    return "" if constraint is None else constraint.WhichOneof("constraint") or ""
 
 
 def _error(

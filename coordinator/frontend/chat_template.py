@@ -90,7 +90,7 @@ class ChatTemplate:
         Raises BadRequest with the template's own words if it refuses the messages.
         """
         if not messages:
-            raise BadRequest("messages", [], "at least one message")
+            raise BadRequest("chat.messages", [], "at least one message")
         template = self._select(tools)
         try:
             return template.render(
@@ -103,7 +103,7 @@ class ChatTemplate:
         except _RENDER_ERRORS as error:
             roles = [message.get("role") for message in messages]
             limit = f"what the chat template takes; it says: {error or type(error).__name__}"
-            raise BadRequest("messages", f"roles {roles}", limit) from error
+            raise BadRequest("chat.messages", f"roles {roles}", limit) from error
 
     def _select(self, tools: object) -> jinja2.Template:
         """With several templates, "tool_use" is for requests with tools, "default" for others."""

@@ -81,7 +81,7 @@ class _Masks:
                 self._next_code = code + 1
                 return chr(code)
         limit = "free of control tokens or of most of the private-use characters from U+100000 on"
-        raise BadRequest("messages", "text with both", limit)
+        raise BadRequest("chat.messages", "text with both", limit)
 
 
 def all_text(value: Any) -> str:

@@ -7,15 +7,13 @@ They travel as gRPC's libraries expect them, a serialised google.rpc.Status in t
 import re
 
 import grpc
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
-
-from protos.lockstep.v1 import generate_pb2
 
 DETAILS_KEY = "grpc-status-details-bin"
 # Clients take 8 KiB of metadata in all.
 _MAX_DESCRIPTION_CHARS = 500
-_PROMPT = ("prompt tokens", "tokenised prompt")
 
 
 def status_details(
@@ -24,11 +22,14 @@ def status_details(
     field: str | None = None,
     retry_after_s: float | None = None,
 ) -> tuple[tuple[str, bytes], ...]:
-    """The metadata entry: a BadRequest for `field`, a RetryInfo; empty where there is neither."""
+    """The metadata entry: a BadRequest for `field`, a path as of `field_path`, and a RetryInfo.
+
+    Empty where there is neither.
+    """
     details: list[Message] = []
     if field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=field_path(field), description=message[:_MAX_DESCRIPTION_CHARS]
+            field=field, description=message[:_MAX_DESCRIPTION_CHARS]
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if retry_after_s is not None:
@@ -43,13 +44,20 @@ def status_details(
     return ((DETAILS_KEY, whole.SerializeToString()),)
 
 
-def field_path(field: str) -> str:
-    """Path from the request message to the field that our own words name."""
-    if field.startswith(_PROMPT):
-        return "prompt"
-    if field.startswith("field "):  # one that has no name here
-        return "request"
-    head = re.split(r"[.\[]", field, maxsplit=1)[0]
-    if head in generate_pb2.SamplingParams.DESCRIPTOR.fields_by_name:
-        return f"sampling_params.{field}"
-    return field
+def field_path(named: str, message: Descriptor) -> str:
+    """Path from a request, which is a `message`, to the field that our own words name.
+
+    A oneof stands for whichever of its fields is set, or for none that is. "request" where no field
+    is at fault that has a name here.
+    """
+    named = named.removeprefix("request.")  # what a unary call wraps; its paths begin inside
+    head = re.split(r"[.\[]", named, maxsplit=1)[0]
+    if head in message.oneofs_by_name:
+        return head
+    if head in message.fields_by_name:
+        return named
+    params = message.fields_by_name.get("sampling_params")
+    kind = None if params is None else params.message_type
+    if kind is not None and head in kind.fields_by_name:
+        return f"sampling_params.{named}"
+    return "request"

@@ -102,25 +102,22 @@ class Frontend:
             callers,
             tracer,
         )
-        guard = CallGuard(callers, self._link.count_turned_away)
-        self._server = build_server(
-            self._service.handler(),
-            self._health,
-            config.num_frontends,
-            limits=ConnectionLimits(config.max_connections, config.max_concurrent_streams),
-            # Without keys there is nobody to turn away: calls need not pass through a guard.
-            interceptors=(guard,) if access.api_keys is not None else (),
-        )
         gateway = VllmService(
             self._service,
             self._availability,
             text,
             config.served_model_name,
             self._slow_clients,
-            executor,
         )
-        handler = gateway.handler(self._link.report_rejected)
-        self._server.add_generic_rpc_handlers((handler,))
+        guard = CallGuard(callers, self._link.count_turned_away)
+        self._server = build_server(
+            (self._service.handler(), gateway.handler(self._link.report_rejected)),
+            self._health,
+            config.num_frontends,
+            limits=ConnectionLimits(config.max_connections, config.max_concurrent_streams),
+            # Without keys there is nobody to turn away: calls need not pass through a guard.
+            interceptors=(guard,) if access.api_keys is not None else (),
+        )
         credentials = None if access.tls is None else server_credentials(access.tls)
         self.port = bind(self._server, config.host, config.port, config.num_frontends, credentials)
 

@@ -8,7 +8,7 @@ deadline, error) releases the request in the engine; that is the `finally` of `o
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -18,22 +18,22 @@ from coordinator.frontend.call import Call
 from coordinator.frontend.callers import Callers
 from coordinator.frontend.engine_link import EngineLink
 from coordinator.frontend.errors import SlowClient
-from coordinator.frontend.rejections import answered
 from coordinator.frontend.request_preparer import (
     CallClock,
     Dialect,
     RequestPreparer,
     check_request_id,
 )
+from coordinator.frontend.services import GENERATE_SERVICE, Method, service_handler
 from coordinator.frontend.slow_clients import SlowClientWatch
 from coordinator.frontend.tracing import RequestSpan, Tracer
 from coordinator.frontend.trailing_metadata import frontend_metadata
 from coordinator.frontend.unary_answer import UnaryAnswer
-from coordinator.frontend.wire import deserialiser
 from protos.lockstep.v1 import generate_pb2
 
 _ABORT_TIMEOUT_S = 10.0
-_SERVICE = "lockstep.v1.GenerateService"
+_GENERATE = f"{GENERATE_SERVICE.full_name}/Generate"
+_GENERATE_UNARY = f"{GENERATE_SERVICE.full_name}/GenerateUnary"
 _LOCKSTEP = Dialect()
 
 
@@ -61,26 +61,16 @@ class GenerateService:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def handler(self) -> grpc.GenericRpcHandler:
+    def handler(self) -> grpc.ServiceRpcHandler:
         """What a server is given to serve these calls."""
-        count = self._link.report_rejected
-        unary = grpc.unary_unary_rpc_method_handler
-        calls: dict[str, tuple[Any, Callable[[Any, Any], Awaitable[Any]]]] = {
-            "Generate": (grpc.unary_stream_rpc_method_handler, self.generate),
-            "GenerateUnary": (unary, self.generate_unary),
-            "Abort": (unary, self.abort),
-            "GetModelInfo": (unary, self.get_model_info),
-            "GetServerInfo": (unary, self.get_server_info),
+        methods: dict[str, Method] = {
+            "Generate": self.generate,
+            "GenerateUnary": self.generate_unary,
+            "Abort": self.abort,
+            "GetModelInfo": self.get_model_info,
+            "GetServerInfo": self.get_server_info,
         }
-        handlers = {
-            name: make(
-                answered(method, count if name.startswith("Generate") else _count_nothing),
-                request_deserializer=deserialiser(getattr(generate_pb2, f"{name}Request")),
-                response_serializer=getattr(generate_pb2, f"{name}Response").SerializeToString,
-            )
-            for name, (make, method) in calls.items()
-        }
-        return grpc.method_handlers_generic_handler(_SERVICE, handlers)
+        return service_handler(GENERATE_SERVICE, methods, self._link.report_rejected)
 
     async def wait_until_idle(self) -> None:
         """Returns when no Generate or GenerateUnary call is in progress."""
@@ -89,7 +79,7 @@ class GenerateService:
     async def generate(self, request: generate_pb2.GenerateRequest, context: Any) -> None:
         """Streams events as fast as the client takes them; what queues meanwhile is joined."""
         async with (
-            self.open_call("Generate", request, context) as call,
+            self.open_call(_GENERATE, request, context) as call,
             self._slow_clients.watch(call.streams),
         ):
             while not call.is_done:
@@ -100,7 +90,7 @@ class GenerateService:
         self, request: generate_pb2.GenerateUnaryRequest, context: Any
     ) -> generate_pb2.GenerateUnaryResponse:
         """The same events, joined."""
-        async with self.open_call("GenerateUnary", request.request, context) as call:
+        async with self.open_call(_GENERATE_UNARY, request.request, context) as call:
             answer = UnaryAnswer(call.num_samples)
             while not call.is_done:
                 for event in await call.next_events():
@@ -142,6 +132,7 @@ class GenerateService:
     ) -> AsyncIterator[Call]:
         """One call in the engine, for the length of the block; what still runs then is released.
 
+        `method` is its full name, package.Service/Method.
         Trailing metadata say where the time went, however it ends.
         """
         with self._counted_call(), self._span(method, context) as span:
@@ -193,7 +184,3 @@ class GenerateService:
 def _clock(context: Any) -> CallClock:
     now, remaining = time.monotonic(), context.time_remaining()
     return CallClock(arrival_time=now, deadline=0.0 if remaining is None else now + remaining)
-
-
-def _count_nothing(reason: str) -> None:
-    """Bad Abort and info calls are not refused requests."""

@@ -10,6 +10,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from coordinator.frontend.services import GENERATE_SERVICE, VLLM_ENGINE
+
 LIVENESS = "liveness"
 CAUSE_KEY = "lockstep-cause"
 # Anybody may watch, for as long as they like.
@@ -19,8 +21,8 @@ _MAX_SHOWN_CHARS = 100
 _READINESS_NAMES = (
     "",
     "readiness",
-    "lockstep.v1.GenerateService",
-    "vllm.grpc.engine.VllmEngine",
+    GENERATE_SERVICE.full_name,
+    VLLM_ENGINE.full_name,
 )
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING

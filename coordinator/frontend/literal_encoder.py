@@ -64,7 +64,7 @@ class LiteralEncoder:
         ids = self._rust.encode(text, add_special_tokens=False).ids
         for token_id in self._refused_ids.intersection(ids):
             raise BadRequest(
-                "messages",
+                "chat.messages",
                 self._rust.id_to_token(token_id),
                 "free of this control token, which this model cannot write as plain text",
             )

@@ -25,7 +25,6 @@ from protos.lockstep.v1 import engine_pb2
 
 _EXPORT_TIMEOUT_S = 2.0
 _CLOSE_LIMIT_S = 3.0
-_SERVICE = "lockstep.v1.GenerateService"
 _TRACE_CONTEXT = TraceContextTextMapPropagator()
 
 
@@ -52,15 +51,16 @@ class OtelTracer:
     @contextlib.contextmanager
     def request(self, method: str, metadata: Metadata) -> Iterator["OtelSpan"]:
         """The span of a call, whose parent is the client's if `metadata` names one."""
+        service, _, name = method.partition("/")
         carrier = {key: value for key, value in metadata if isinstance(value, str)}
         span = self._tracer.start_span(
-            f"{_SERVICE}/{method}",
+            method,
             context=_TRACE_CONTEXT.extract(carrier),
             kind=SpanKind.SERVER,
             attributes={
                 "rpc.system": "grpc",
-                "rpc.service": _SERVICE,
-                "rpc.method": method,
+                "rpc.service": service,
+                "rpc.method": name,
                 "gen_ai.operation.name": "generate_content",
                 "gen_ai.request.model": self._model_name,
             },

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from coordinator.errors import BadRequest, CoordinatorError, TextUnavailable
-from coordinator.frontend.error_details import status_details
+from coordinator.frontend.error_details import field_path, status_details
 from coordinator.frontend.errors import (
     Draining,
     EngineLost,
@@ -68,9 +69,14 @@ def rejection_of(error: CoordinatorError) -> Rejection:
 
 
 def answered(
-    method: Callable[[Any, Any], Awaitable[Any]], count: Callable[[str], None]
+    method: Callable[[Any, Any], Awaitable[Any]],
+    count: Callable[[str], None] | None,
+    asked: Descriptor,
 ) -> Callable[[Message | Unparsable, Any], Awaitable[Message | None]]:
-    """Wraps a handler: its errors become statuses, and refusals are given to `count` by reason."""
+    """Wraps a handler: its errors become statuses, with paths of fields from the message `asked`.
+
+    Refusals are given to `count` by reason; None: they count nowhere.
+    """
 
     async def handler(request: Message | Unparsable, context: Any) -> Message | None:
         try:
@@ -80,9 +86,9 @@ def answered(
             return response
         except CoordinatorError as error:
             rejection, message = rejection_of(error), str(error)
-        if rejection.reason is not None:
+        if rejection.reason is not None and count is not None:
             count(rejection.reason)
-        metadata = (*context.trailing_metadata(), *_hints(rejection, message))
+        metadata = (*context.trailing_metadata(), *_hints(rejection, message, asked))
         # Not within the except: the error may quote the request, and tracebacks go to the log.
         await context.abort(rejection.status, message, metadata)
         raise AssertionError("abort always raises")
@@ -90,9 +96,12 @@ def answered(
     return handler
 
 
-def _hints(rejection: Rejection, message: str) -> tuple[tuple[str, str | bytes], ...]:
+def _hints(
+    rejection: Rejection, message: str, asked: Descriptor
+) -> tuple[tuple[str, str | bytes], ...]:
     """What a client's program can read of why, and of when to try again."""
-    details = status_details(rejection.status, message, rejection.field, rejection.retry_after_s)
+    field = None if rejection.field is None else field_path(rejection.field, asked)
+    details = status_details(rejection.status, message, field, rejection.retry_after_s)
     if not rejection.retry_after_s:
         return details
     return ((_PUSHBACK_KEY, str(round(rejection.retry_after_s * 1000))), *details)

@@ -183,7 +183,7 @@ class RequestPreparer:
             case _:
                 raise BadRequest("prompt", "unset", "one of text, chat and token_ids")
         check_prompt_length(len(ids), limits)
-        return check_token_ids("tokenised prompt", ids, limits)
+        return check_token_ids("prompt", ids, limits)
 
     async def _chat_ids(self, chat: generate_pb2.ChatPrompt, limits: ModelLimits) -> Sequence[int]:
         tokenizer = self._text.require_tokenizer()
@@ -202,10 +202,10 @@ class RequestPreparer:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
 
-def check_request_id(request_id: str) -> None:
+def check_request_id(request_id: str, field: str = "request_id") -> None:
     """Raises BadRequest."""
     if not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:
-        raise BadRequest("request_id", request_id, f"1 to {MAX_REQUEST_ID_CHARS} characters long")
+        raise BadRequest(field, request_id, f"1 to {MAX_REQUEST_ID_CHARS} characters long")
 
 
 def _checked_ids(field: str, ids: Sequence[int], limits: ModelLimits) -> _Ids:
@@ -222,33 +222,15 @@ def _request_fields(params: generate_pb2.SamplingParams) -> RequestFields:
         raise BadRequest("stop_token_ids", num_stop_ids, f"at most {MAX_STOP_IDS}", "number of")
     present: dict[str, Any] = {field.name: value for field, value in params.ListFields()}
     kind = params.WhichOneof("constraint")
-    if kind is not None:
-        present["constraint"] = _constraint(kind, present.pop(kind))
+    if kind is not None and (value := present.pop(kind)) is not False:  # no `json_object`: as unset
+        present["constraint"] = Constraint(kind, value)
     return RequestFields(**present)
-
-
-def _constraint(kind: str, value: Any) -> Constraint | None:
-    match kind:
-        case "json_object":
-            return Constraint(kind, "") if value else None
-        case "choice":
-            return Constraint(kind, tuple(value.choices))
-    return Constraint(kind, value)
-
-
-def _set_constraint(params: generate_pb2.SamplingParams, constraint: Constraint) -> None:
-    match constraint.kind:
-        case "json_object":
-            params.json_object = True
-        case "choice":
-            params.choice.choices.extend(constraint.definition)
-        case kind:
-            setattr(params, kind, constraint.definition)
 
 
 def _resolved_message(params: SamplingParams) -> generate_pb2.SamplingParams:
     """Every field set; stop texts stay here, stop ids and bad words travel beside."""
-    message = generate_pb2.SamplingParams(
+    constraint = params.constraint
+    return generate_pb2.SamplingParams(
         temperature=params.temperature,
         top_p=params.top_p,
         top_k=params.top_k,
@@ -264,10 +246,8 @@ def _resolved_message(params: SamplingParams) -> generate_pb2.SamplingParams:
         n=params.num_samples,
         prompt_logprobs=params.num_prompt_logprobs,
         logit_bias=dict(params.logit_bias),
+        **({} if constraint is None else {constraint.kind: constraint.value}),
     )
-    if params.constraint is not None:
-        _set_constraint(message, params.constraint)
-    return message
 
 
 def _sample_submit(common: engine_pb2.Submit, index: int, seed: int) -> engine_pb2.Submit:

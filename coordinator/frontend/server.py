@@ -13,7 +13,6 @@ from coordinator.frontend.health import HealthService
 from coordinator.frontend.stock_services import HEALTH, health_handler, reflection_handler
 from lockstep.daemon.addresses import bind_problem
 from lockstep.daemon.tls_files import ReloadedTls, TlsMaterial
-from protos.vllm_engine import vllm_engine_pb2
 
 _LOG = logging.getLogger(__name__)
 # A 10 MB text must reach our own check, whose answer names field and limit.
@@ -82,23 +81,21 @@ def server_options(
 
 
 def build_server(
-    generate_handler: grpc.GenericRpcHandler,
+    handlers: Sequence[grpc.ServiceRpcHandler],
     health: HealthService,
     num_frontends: int,
     keepalive_s: float = KEEPALIVE_SECONDS,
     limits: ConnectionLimits = ConnectionLimits(),
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> Any:
-    """A grpc.aio server with Generate, health and reflection; not bound, not started."""
+    """A grpc.aio server of `handlers`, health and reflection; not bound, not started."""
     server = grpc.aio.server(
         interceptors=interceptors,
         options=server_options(num_frontends, keepalive_s, limits),
         maximum_concurrent_rpcs=_MAX_OPEN_CALLS,
     )
-    server.add_generic_rpc_handlers((generate_handler,))
-    gateways = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name
-    names = ("lockstep.v1.GenerateService", gateways, HEALTH)
-    server.add_generic_rpc_handlers((health_handler(health), reflection_handler(names)))
+    names = (*(handler.service_name() for handler in handlers), HEALTH)
+    server.add_generic_rpc_handlers((*handlers, health_handler(health), reflection_handler(names)))
     return server
 
 

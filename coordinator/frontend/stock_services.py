@@ -19,11 +19,12 @@ from coordinator.frontend.wire import deserialiser
 
 _MESSAGE_SECONDS = 10.0
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_ASKED = health_pb2.HealthCheckRequest.DESCRIPTOR
 
 
 def health_handler(health: HealthService) -> grpc.GenericRpcHandler:
     """Check and Watch; what does not parse is INVALID_ARGUMENT, what is unknown is ignored."""
-    parse = deserialiser(health_pb2.HealthCheckRequest, refuses_unknown=False)
+    parse = deserialiser(_ASKED, refuses_unknown=False)
     write = health_pb2.HealthCheckResponse.SerializeToString
     handlers = {
         name: grpc.stream_stream_rpc_method_handler(_of_one_message(method), parse, write)
@@ -39,7 +40,7 @@ def _of_one_message(
 
     Anybody may open these calls. On the wire they are the same.
     """
-    answer = answered(method, _count_nothing)
+    answer = answered(method, None, _ASKED)
 
     async def handler(requests: Any, context: Any) -> None:
         request, problem = None, "the call has no message"
@@ -75,7 +76,3 @@ def _parse_question(raw: bytes) -> reflection_pb2.ServerReflectionRequest:
         return reflection_pb2.ServerReflectionRequest.FromString(raw)
     except DecodeError:
         return reflection_pb2.ServerReflectionRequest()
-
-
-def _count_nothing(reason: str) -> None:
-    """These are no requests to the engine."""

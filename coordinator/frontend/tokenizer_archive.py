@@ -1,9 +1,10 @@
 """The tokenizer's files of a checkpoint as one zip archive, for callers without the folder."""
 
+import asyncio
 import hashlib
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from coordinator.errors import TextUnavailable
@@ -30,6 +31,23 @@ _NAMES = (
 _ANY_TIME = (1980, 1, 1, 0, 0, 0)
 
 
+class TokenizerPieces:
+    """The archive in pieces, made once for all who ask. On one event loop."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self._model_dir = model_dir
+        self._making: asyncio.Task[Sequence[vllm_engine_pb2.GetTokenizerChunk]] | None = None
+
+    async def get(self) -> Sequence[vllm_engine_pb2.GetTokenizerChunk]:
+        """Makes them on a thread at the first call, and again after one that failed.
+
+        A caller that is cancelled takes nothing from the others. Raises TextUnavailable.
+        """
+        if self._making is None or _has_failed(self._making):
+            self._making = asyncio.create_task(asyncio.to_thread(_pieces, self._model_dir))
+        return await asyncio.shield(self._making)
+
+
 def tokenizer_archive(model_dir: Path) -> bytes:
     """A zip archive of those files that are there. Raises TextUnavailable if one cannot be read."""
     buffer = io.BytesIO()
@@ -52,6 +70,14 @@ def tokenizer_chunks(archive: bytes) -> Iterator[vllm_engine_pb2.GetTokenizerChu
             data=archive[start:end],
             sha256=hashlib.sha256(archive).hexdigest() if is_last else "",
         )
+
+
+def _pieces(model_dir: Path) -> Sequence[vllm_engine_pb2.GetTokenizerChunk]:
+    return tuple(tokenizer_chunks(tokenizer_archive(model_dir)))
+
+
+def _has_failed(task: asyncio.Task[Sequence[vllm_engine_pb2.GetTokenizerChunk]]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def _content(file: Path) -> bytes:

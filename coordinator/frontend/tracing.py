@@ -45,8 +45,9 @@ class Tracer(Protocol):
     """Makes a span a call."""
 
     def request(self, method: str, metadata: Metadata) -> AbstractContextManager[RequestSpan]:
-        """The span of a call, ended by the block. What the block raises becomes its status.
+        """The span of a call to `method` (package.Service/Method), ended by the block.
 
+        What the block raises becomes its status.
         `metadata` may hold the client's own span (traceparent, tracestate), which is the parent.
         """
         ...

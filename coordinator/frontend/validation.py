@@ -6,7 +6,7 @@ Every refusal is a BadRequest that names the field, its value and the limit.
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +50,19 @@ class Constraint:
     """What the output must be: the field of the public SamplingParams, and what it holds."""
 
     kind: str
-    definition: str | tuple[str, ...]
+    value: Any
+    """A text; for `json_object` true; for `choice` a ChoiceConstraint."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The definition."""
+        match self.kind:
+            case "json_object":
+                return ()
+            case "choice":
+                choices: Sequence[str] = self.value.choices
+                return choices
+        return (self.value,)
 
 
 @dataclass(frozen=True)
@@ -234,7 +246,7 @@ def check_prompt_length(num_prompt_tokens: int, limits: ModelLimits) -> None:
     most = limits.max_model_len - 1
     if not 1 <= num_prompt_tokens <= most:
         limit = f"at least 1 and at most {most} (max_model_len {limits.max_model_len} less 1)"
-        raise BadRequest("prompt tokens", num_prompt_tokens, limit, "number of")
+        raise BadRequest("prompt", num_prompt_tokens, limit, "number of tokens in")
 
 
 def _max_tokens(fields: RequestFields, limits: ModelLimits, num_prompt_tokens: int) -> int:
@@ -302,9 +314,9 @@ def _constraint(fields: RequestFields, limits: ModelLimits) -> Constraint | None
     if fields.ignore_eos:
         limit = f"false with {constraint.kind}, which ends at an end-of-sequence id"
         raise BadRequest("ignore_eos", True, limit)
-    if isinstance(constraint.definition, tuple):
-        _check_choices(constraint.definition)
-    size = len("".join(constraint.definition).encode())
+    if constraint.kind == "choice":
+        _check_choices(constraint.texts)
+    size = len("".join(constraint.texts).encode())
     if size > MAX_CONSTRAINT_BYTES:
         raise BadRequest(constraint.kind, size, f"at most {MAX_CONSTRAINT_BYTES}", "bytes of")
     return constraint

@@ -1,15 +1,21 @@
 """What a gateway asks of `VllmEngine` -> the same request of `lockstep.v1`. Pure functions."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from coordinator.errors import BadRequest
+from coordinator.frontend.errors import RequestFailed
 from coordinator.frontend.request_preparer import Dialect
 from coordinator.frontend.sampling_limits import MAX_INT32
 from protos.lockstep.v1 import generate_pb2
 from protos.vllm_engine import vllm_engine_pb2
 
 # Fields of ours that the protocol calls otherwise.
-_NAMES = {"token_ids.ids": "tokenized.input_ids", "gbnf_grammar": "grammar"}
+_NAMES = {
+    "prompt": "input",
+    "token_ids.ids": "tokenized.input_ids",
+    "gbnf_grammar": "grammar",
+}
 
 
 def lockstep_request(request: vllm_engine_pb2.GenerateRequest) -> generate_pb2.GenerateRequest:
@@ -43,14 +49,17 @@ def dialect_of(request: vllm_engine_pb2.GenerateRequest) -> Dialect:
     )
 
 
-def in_callers_words(error: BadRequest) -> BadRequest:
-    """The same refusal with the name that the field has in `VllmEngine`."""
-    for ours, theirs in _NAMES.items():
-        if ours in error.field:
-            return BadRequest(
-                error.field.replace(ours, theirs), error.value, error.limit, error.aspect
-            )
-    return error
+def in_callers_words(error: BadRequest | RequestFailed) -> BadRequest | RequestFailed:
+    """The same refusal, ours or the engine's, with the name that the field has in `VllmEngine`."""
+    ours, bracket, index = error.field.partition("[")
+    theirs = _NAMES.get(ours)
+    if theirs is None:
+        return error
+    field = f"{theirs}{bracket}{index}"
+    if isinstance(error, BadRequest):
+        return BadRequest(field, error.value, error.limit, error.aspect)
+    message = str(error).replace(ours, theirs, 1)
+    return RequestFailed(error.status_code, message, error.retry_after_s, field)
 
 
 def _sampling_params(params: vllm_engine_pb2.SamplingParams) -> generate_pb2.SamplingParams:
@@ -72,13 +81,13 @@ def _sampling_params(params: vllm_engine_pb2.SamplingParams) -> generate_pb2.Sam
         ignore_eos=params.ignore_eos,
         n=params.n or 1,
         logit_bias=params.logit_bias,
+        **_constraint(params),
     )
     for name in ("temperature", "seed", "logprobs"):
         if params.HasField(name):
             setattr(asked, name, getattr(params, name))
     if params.HasField("max_tokens"):
         asked.max_tokens = min(params.max_tokens, MAX_INT32)
-    _set_constraint(asked, params)
     return asked
 
 
@@ -93,16 +102,17 @@ def _refuse_unknown_to_us(params: vllm_engine_pb2.SamplingParams) -> None:
             raise BadRequest(name, getattr(params, name), limit)
 
 
-def _set_constraint(
-    asked: generate_pb2.SamplingParams, params: vllm_engine_pb2.SamplingParams
-) -> None:
+def _constraint(params: vllm_engine_pb2.SamplingParams) -> dict[str, Any]:
+    """The field of ours that says the same; empty without a constraint."""
     match params.WhichOneof("constraint"):
-        case "json_schema" | "regex" | "json_object" as name:
-            setattr(asked, name, getattr(params, name))
+        case None:
+            return {}
         case "grammar":
-            asked.gbnf_grammar = params.grammar
+            return {"gbnf_grammar": params.grammar}
         case "choice":
-            asked.choice.choices.extend(params.choice.choices)
+            return {"choice": generate_pb2.ChoiceConstraint(choices=params.choice.choices)}
+        case name:
+            return {name: getattr(params, name)}
 
 
 def _check_int32(field: str, value: int) -> None:

@@ -7,8 +7,7 @@ the same engine, the same ends. Methods that are not here answer UNIMPLEMENTED.
 import asyncio
 import datetime
 import time
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -16,19 +15,18 @@ import grpc
 from coordinator.errors import BadRequest
 from coordinator.frontend.availability import Availability
 from coordinator.frontend.checkpoint_text import CheckpointText
+from coordinator.frontend.errors import RequestFailed
 from coordinator.frontend.generate_service import GenerateService
-from coordinator.frontend.rejections import answered
 from coordinator.frontend.request_preparer import check_request_id
+from coordinator.frontend.services import VLLM_ENGINE, Method, service_handler
 from coordinator.frontend.slow_clients import SlowClientWatch
-from coordinator.frontend.tokenizer_archive import tokenizer_archive, tokenizer_chunks
+from coordinator.frontend.tokenizer_archive import TokenizerPieces
 from coordinator.frontend.vllm_answer import VllmAnswer
 from coordinator.frontend.vllm_info import checkpoint_info, loads, server_info
 from coordinator.frontend.vllm_request import dialect_of, in_callers_words, lockstep_request
-from coordinator.frontend.wire import deserialiser
 from protos.lockstep.v1 import generate_pb2
 from protos.vllm_engine import vllm_engine_pb2
 
-SERVICE = "vllm.grpc.engine.VllmEngine"
 _MAX_ABORTS = 1024
 
 
@@ -42,46 +40,34 @@ class VllmService:
         text: CheckpointText,
         served_model_name: str,
         slow_clients: SlowClientWatch,
-        executor: Executor,
     ) -> None:
         self._calls = calls
         self._availability = availability
         self._text = text
         self._model = checkpoint_info(text, served_model_name)
         self._slow_clients = slow_clients
-        self._executor = executor
         self._started = time.monotonic()
-        self._archive = b""
+        self._tokenizer = TokenizerPieces(text.model_dir)
 
-    def handler(self, count_rejected: Callable[[str], None]) -> grpc.GenericRpcHandler:
+    def handler(self, count_rejected: Callable[[str], None]) -> grpc.ServiceRpcHandler:
         """What a server is given to serve these calls; `count_rejected` is told of refusals."""
-        stream, unary = grpc.unary_stream_rpc_method_handler, grpc.unary_unary_rpc_method_handler
-        chunk = vllm_engine_pb2.GetTokenizerChunk
-        calls: dict[str, tuple[Any, Callable[[Any, Any], Awaitable[Any]], Any]] = {
-            "Generate": (stream, self.generate, vllm_engine_pb2.GenerateResponse),
-            "Abort": (unary, self.abort, vllm_engine_pb2.AbortResponse),
-            "HealthCheck": (unary, self.health_check, vllm_engine_pb2.HealthCheckResponse),
-            "GetModelInfo": (unary, self.get_model_info, vllm_engine_pb2.GetModelInfoResponse),
-            "GetServerInfo": (unary, self.get_server_info, vllm_engine_pb2.GetServerInfoResponse),
-            "GetLoads": (unary, self.get_loads, vllm_engine_pb2.GetLoadsResponse),
-            "GetTokenizer": (stream, self.get_tokenizer, chunk),
+        methods: dict[str, Method] = {
+            "Generate": self.generate,
+            "Abort": self.abort,
+            "HealthCheck": self.health_check,
+            "GetModelInfo": self.get_model_info,
+            "GetServerInfo": self.get_server_info,
+            "GetLoads": self.get_loads,
+            "GetTokenizer": self.get_tokenizer,
         }
-        handlers = {
-            name: make(
-                answered(method, count_rejected if name == "Generate" else _count_nothing),
-                request_deserializer=deserialiser(getattr(vllm_engine_pb2, f"{name}Request")),
-                response_serializer=response.SerializeToString,
-            )
-            for name, (make, method, response) in calls.items()
-        }
-        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+        return service_handler(VLLM_ENGINE, methods, count_rejected)
 
     async def generate(self, request: vllm_engine_pb2.GenerateRequest, context: Any) -> None:
         """Streams chunks, then one `complete` an output, whose counts are known only at the end."""
         try:
             asked = lockstep_request(request)
             async with self._calls.open_call(
-                "Generate", asked, context, dialect_of(request)
+                f"{VLLM_ENGINE.full_name}/Generate", asked, context, dialect_of(request)
             ) as call:
                 answer = VllmAnswer(request.stream, call.num_samples)
                 async with self._slow_clients.watch(call.streams):
@@ -93,7 +79,7 @@ class VllmService:
                     await call.wait_for_times()
                     for complete in answer.completes(call.cached_token_count):
                         await context.write(complete)
-        except BadRequest as error:
+        except (BadRequest, RequestFailed) as error:
             raise in_callers_words(error) from None
 
     async def abort(
@@ -103,8 +89,8 @@ class VllmService:
         names = request.request_ids
         if len(names) > _MAX_ABORTS:
             raise BadRequest("request_ids", len(names), f"at most {_MAX_ABORTS}", "number of")
-        for name in names:
-            check_request_id(name)  # all or none
+        for index, name in enumerate(names):
+            check_request_id(name, f"request_ids[{index}]")  # all or none
         asked = (generate_pb2.AbortRequest(request_id=name) for name in names)
         await asyncio.gather(*(self._calls.abort(one, context) for one in asked))
         return vllm_engine_pb2.AbortResponse()
@@ -150,16 +136,7 @@ class VllmService:
     async def get_tokenizer(
         self, request: vllm_engine_pb2.GetTokenizerRequest, context: Any
     ) -> None:
-        """Streams the archive, made at the first call. FAILED_PRECONDITION without a tokenizer."""
+        """Streams the archive. FAILED_PRECONDITION without a tokenizer."""
         self._text.require_tokenizer()
-        if not self._archive:
-            loop = asyncio.get_running_loop()
-            self._archive = await loop.run_in_executor(
-                self._executor, tokenizer_archive, self._text.model_dir
-            )
-        for chunk in tokenizer_chunks(self._archive):
+        for chunk in await self._tokenizer.get():
             await context.write(chunk)
-
-
-def _count_nothing(reason: str) -> None:
-    """Only refused Generate calls count."""

@@ -6,22 +6,17 @@ handler an `Unparsable` instead, which becomes INVALID_ARGUMENT like every other
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from google.protobuf import unknown_fields
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
 from coordinator.errors import BadRequest
 from protos.lockstep.v1 import generate_pb2
 
 _LENGTH_DELIMITED = 2
-
-
-class _Parses(Protocol):
-    DESCRIPTOR: Descriptor
-
-    def FromString(self, serialized: bytes) -> Message: ...
 
 
 @dataclass(frozen=True)
@@ -32,15 +27,16 @@ class Unparsable:
 
 
 def deserialiser(
-    message_class: _Parses, refuses_unknown: bool = True
+    asked: Descriptor, refuses_unknown: bool = True
 ) -> Callable[[bytes], Message | Unparsable]:
-    """A request deserialiser that never raises."""
+    """A deserialiser of requests of the type `asked` that never raises."""
+    message_class = GetMessageClass(asked)
 
     def deserialise(raw: bytes) -> Message | Unparsable:
         try:
             message = message_class.FromString(raw)
         except DecodeError:
-            return Unparsable(_why_unparsable(message_class.DESCRIPTOR, raw))
+            return Unparsable(_why_unparsable(asked, raw))
         unknown = _unknown_field(message) if refuses_unknown else None
         if unknown is not None:
             return Unparsable(BadRequest(*unknown))

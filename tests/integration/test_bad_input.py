@@ -49,10 +49,16 @@ def _hello(**params: Any) -> generate_pb2.GenerateRequest:
 BAD = {
     "no prompt": (generate_pb2.GenerateRequest(), ["prompt", "unset", "token_ids"]),
     "empty text": (text_request(""), ["text", "''", "not empty"]),
-    "empty ids": (ids_request([]), ["prompt tokens", "0", "at least 1"]),
+    "empty ids": (ids_request([]), ["number of tokens in prompt", "0", "at least 1"]),
     "empty chat": (chat_request([]), ["chat.messages", "0", "at least 1"]),
-    "too long a prompt": (ids_request([5] * 1024), ["prompt tokens", "1024", "at most 1023"]),
-    "too long a text": (text_request("hello " * 2000), ["prompt tokens", "2001", "at most 1023"]),
+    "too long a prompt": (
+        ids_request([5] * 1024),
+        ["number of tokens in prompt", "1024", "at most 1023"],
+    ),
+    "too long a text": (
+        text_request("hello " * 2000),
+        ["tokens in prompt", "2001", "at most 1023"],
+    ),
     "max_tokens 0": (_hello(max_tokens=0), ["max_tokens", "0", "at least 1"]),
     "max_tokens beyond": (_hello(max_tokens=1024), ["max_tokens", "1024", "at most 1023"]),
     "min_tokens": (_hello(max_tokens=3, min_tokens=4), ["min_tokens", "4", "max_tokens"]),

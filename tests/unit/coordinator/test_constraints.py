@@ -58,9 +58,12 @@ class Masks:
         mask = worker_pb2.SlotMask(ids=struct.pack(f"<{len(token_ids)}i", *token_ids))
         self._answer(grammar_pb2.GrammarReply(key=key, mask=mask))
 
-    def refuse(self, key: int, problem: str) -> None:
+    def refuse(
+        self, key: int, problem: str, status: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT
+    ) -> None:
         """There is none."""
-        self._answer(grammar_pb2.GrammarReply(key=key, status_code=INVALID, status_message=problem))
+        code = status.value[0]
+        self._answer(grammar_pb2.GrammarReply(key=key, status_code=code, status_message=problem))
 
     def _answer(self, reply: grammar_pb2.GrammarReply) -> None:
         self.group.book.take_mask(reply)
@@ -114,6 +117,7 @@ def test_a_constraint_that_does_not_compile_is_refused_and_never_queued() -> Non
         await group.heard.end_of(1)
         [ended] = group.heard.ended[1]
         assert (ended.status_code, ended.status_message) == (INVALID, "regex cannot be used")
+        assert ended.field == "regex"
         assert 1 not in group.heard.tokens
         assert group.metrics.requests_rejected["invalid_argument"] == 1
 
@@ -131,7 +135,20 @@ def test_a_constraint_that_cannot_go_on_ends_its_request_alone() -> None:
         await group.heard.end_of(1, 2)
         assert group.heard.tokens[1] == [7] and len(group.heard.tokens[2]) == 9
         assert group.heard.ended[1][0].status_message == "too complex"
+        assert group.heard.ended[1][0].field == "regex"
         assert group.heard.ended[2][0].status_code == 0
+
+    run(script)
+
+
+def test_a_grammar_process_that_is_lost_is_no_fault_of_a_field() -> None:
+    async def script(group: Harness, masks: Masks) -> None:
+        group.submit(1, [4], 3, regex="a")
+        await masks.until(lambda: bool(masks.opened))
+        masks.refuse(1, "the grammar process ended", grpc.StatusCode.UNAVAILABLE)
+        await group.heard.end_of(1)
+        [ended] = group.heard.ended[1]
+        assert (ended.field, ended.retry_after_seconds) == ("", 1.0)
 
     run(script)
 

@@ -55,7 +55,7 @@ def set_ids(field: str, packed: bytes) -> Callable[[engine_pb2.Submit], Any]:
         ),
         (set_ids("prompt_ids", b"\xff\xff\xff\xff"), r"prompt holds ids \[-1\]"),
         (set_ids("resume_output_ids", b"\xe8\x03\0\0"), "resume_output_ids holds ids"),
-        (set_ids("stop_ids", b"\xe8\x03\0\0"), "stop_ids holds ids"),
+        (set_ids("stop_ids", b"\xe8\x03\0\0"), "stop_token_ids holds ids"),
         (set_ids("stop_ids", bytes(4 * 17)), "17 stop ids; at most 16"),
         (set_param(max_tokens=0), "max_tokens is 0"),
         (set_param(max_tokens=250), r"make 253 tokens; the context holds 252"),

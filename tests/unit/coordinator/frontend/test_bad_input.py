@@ -49,11 +49,17 @@ _USER = generate_pb2.ChatMessage(role="user", content="hi")
 BAD = {
     "no prompt": (generate_pb2.GenerateRequest(), ["prompt", "unset", "token_ids"]),
     "empty text": (request(""), ["text", "''", "not empty"]),
-    "empty ids": (ids_request(), ["prompt tokens", "0", "at least 1"]),
+    "empty ids": (ids_request(), ["number of tokens in prompt", "0", "at least 1"]),
     "empty chat": (chat_request(), ["chat.messages", "0", "at least 1"]),
     "too many messages": (chat_request(*[_USER] * 65), ["chat.messages", "65", "64"]),
-    "prompt too long": (ids_request(*[1] * MAX_MODEL_LEN), ["prompt tokens", "64", "at most 63"]),
-    "text too long in tokens": (request("q" * 100), ["prompt tokens", "100", "at most 63"]),
+    "prompt too long": (
+        ids_request(*[1] * MAX_MODEL_LEN),
+        ["number of tokens in prompt", "64", "at most 63"],
+    ),
+    "text too long in tokens": (
+        request("q" * 100),
+        ["number of tokens in prompt", "100", "at most 63"],
+    ),
     "10 MB of text": (request("a " * 5_000_000), ["length of text", "10000000", "at most"]),
     "10 MB of chat": (
         chat_request(generate_pb2.ChatMessage(role="user", content="a" * 10_000_000)),

@@ -199,11 +199,11 @@ def test_error_in_a_template_is_a_bad_request(source: str, words: str) -> None:
     template = ChatTemplate({"default": source}, {})
     with pytest.raises(BadRequest, match=words) as caught:
         template.render([turn("user", "a")], add_generation_prompt=True)
-    assert caught.value.field == "messages"
+    assert caught.value.field == "chat.messages"
 
 
 def test_no_messages_are_refused() -> None:
-    with pytest.raises(BadRequest, match="at least one"):
+    with pytest.raises(BadRequest, match="^chat.messages is .* at least one"):
         ChatTemplate({"default": CHATML}, {}).render([], add_generation_prompt=True)
 
 

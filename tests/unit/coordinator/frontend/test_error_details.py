@@ -1,9 +1,7 @@
 """google.rpc details: a program learns which field is at fault and when to try again."""
 
 import asyncio
-import re
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -13,8 +11,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from coordinator.frontend.error_details import DETAILS_KEY, field_path, status_details
 from protos.lockstep.v1 import generate_pb2
+from protos.vllm_engine import vllm_engine_pb2
 from tests.unit.coordinator.frontend.fake_engine import Served, serving, within, write_text_model
+from tests.unit.coordinator.frontend.field_paths import is_field
 from tests.unit.coordinator.frontend.test_bad_input import BAD
+
+ASKED = generate_pb2.DESCRIPTOR.message_types_by_name["GenerateRequest"]
+GATEWAY_ASKED = vllm_engine_pb2.DESCRIPTOR.message_types_by_name["GenerateRequest"]
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +51,6 @@ def detail(status: status_pb2.Status, kind: type[Message]) -> list[Message]:
     return found
 
 
-def is_field(path: str) -> bool:
-    """The path leads from GenerateRequest to a field of it, or to its oneof `prompt`."""
-    descriptor: Any = generate_pb2.GenerateRequest.DESCRIPTOR
-    for part in path.split("."):
-        name = re.sub(r"\[\d+\]$", "", part)
-        if descriptor is None:
-            return False
-        if name in descriptor.oneofs_by_name and path == name:
-            return True
-        if name not in descriptor.fields_by_name:
-            return False
-        descriptor = descriptor.fields_by_name[name].message_type
-    return True
-
-
 def test_every_bad_request_names_a_field_of_the_request(model: Path) -> None:
     async def main() -> None:
         async with serving(model) as served:
@@ -71,15 +59,17 @@ def test_every_bad_request_names_a_field_of_the_request(model: Path) -> None:
                 bad = detail(details_of(error), error_details_pb2.BadRequest)
                 assert len(bad) == 1, name
                 (violation,) = bad[0].field_violations  # type: ignore[attr-defined]
-                assert is_field(violation.field), (name, violation.field)
+                assert is_field(violation.field, ASKED), (name, violation.field)
                 assert violation.description
 
     asyncio.run(main())
 
 
 def test_a_path_that_is_no_field_would_be_noticed() -> None:
-    assert is_field("sampling_params.stop[3]") and is_field("prompt")
-    assert not is_field("stop[3]") and not is_field("text.more") and not is_field("")
+    for path in ("sampling_params.stop[3]", "prompt", "chat.messages.content"):
+        assert is_field(path, ASKED), path
+    for path in ("stop[3]", "text.more", "", "chat.prompt", "request"):
+        assert not is_field(path, ASKED), path
 
 
 def test_what_the_engine_refuses_has_details_too(model: Path) -> None:
@@ -132,13 +122,31 @@ def test_a_long_message_does_not_overflow_what_clients_take() -> None:
         ("temperature", "sampling_params.temperature"),
         ("stop_token_ids", "sampling_params.stop_token_ids"),
         ("chat.messages", "chat.messages"),
-        ("prompt tokens", "prompt"),
-        ("tokenised prompt[4]", "prompt"),
+        ("prompt", "prompt"),
+        ("prompt[4]", "prompt"),
+        ("prompt_logprobs", "sampling_params.prompt_logprobs"),
         ("request_id", "request_id"),
+        ("request.sampling_params.stop", "sampling_params.stop"),
+        ("request", "request"),
+        ("field 7 of lockstep.v1.GenerateRequest", "request"),
     ],
 )
 def test_paths_of_fields(named: str, path: str) -> None:
-    assert field_path(named) == path
+    assert field_path(named, ASKED) == path
+
+
+@pytest.mark.parametrize(
+    ("named", "path"),
+    [
+        ("grammar", "sampling_params.grammar"),
+        ("truncate_prompt_tokens", "sampling_params.truncate_prompt_tokens"),
+        ("tokenized.input_ids[3]", "tokenized.input_ids[3]"),
+        ("input[4]", "input"),
+        ("prompt", "request"),
+    ],
+)
+def test_paths_of_fields_in_a_gateways_request(named: str, path: str) -> None:
+    assert field_path(named, GATEWAY_ASKED) == path
 
 
 def test_health_tells_the_cause_beside_not_serving(model: Path) -> None:

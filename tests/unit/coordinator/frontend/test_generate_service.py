@@ -169,6 +169,35 @@ def test_stop_text_finishes_at_once_and_releases_with_the_billed_count(
     run(model, script)
 
 
+CHOICE = generate_pb2.ChoiceConstraint(choices=["yes", "no"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"json_schema": "{}"}, {"json_schema": "{}"}),
+        ({"regex": "a+"}, {"regex": "a+"}),
+        ({"lark_grammar": 'start: "a"'}, {"lark_grammar": 'start: "a"'}),
+        ({"gbnf_grammar": 'root ::= "a"'}, {"gbnf_grammar": 'root ::= "a"'}),
+        ({"choice": CHOICE}, {"choice": CHOICE}),
+        ({"json_object": True}, {"json_object": True}),
+        ({"json_object": False}, {}),
+    ],
+    ids=str,
+)
+def test_a_constraint_reaches_the_engine_and_no_json_object_is_none(
+    model: Path, asked: dict[str, Any], told: dict[str, Any]
+) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.Generate(text_request(**asked))
+        submit = await served.engine.next_submit()
+        kind = submit.sampling_params.WhichOneof("constraint")
+        assert ({} if kind is None else {kind: getattr(submit.sampling_params, kind)}) == told
+        call.cancel()
+
+    run(model, script)
+
+
 def test_bias_and_bad_words_reach_the_engine_and_the_stop_text_stays(
     model: Path, encode: Any
 ) -> None:

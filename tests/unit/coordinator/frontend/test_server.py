@@ -29,13 +29,9 @@ _ACK = 1
 _MAX_CONCURRENT_STREAMS = 3  # of SETTINGS
 
 
-def _empty_handler() -> grpc.GenericRpcHandler:
-    return grpc.method_handlers_generic_handler("lockstep.v1.GenerateService", {})
-
-
 @contextlib.asynccontextmanager
 async def _server(num_frontends: int = 1, keepalive_s: float = 20.0) -> AsyncIterator[Any]:
-    server = build_server(_empty_handler(), HealthService(), num_frontends, keepalive_s)
+    server = build_server((), HealthService(), num_frontends, keepalive_s)
     try:
         yield server
     finally:
@@ -194,7 +190,7 @@ async def _limited(limits: ConnectionLimits) -> AsyncIterator[int]:
 
     handler = grpc.unary_unary_rpc_method_handler(echo)
     handlers = grpc.method_handlers_generic_handler("x", {"echo": handler})
-    server = build_server(handlers, HealthService(), 1, limits=limits)
+    server = build_server((handlers,), HealthService(), 1, limits=limits)
     port = bind(server, "127.0.0.1", 0)
     await server.start()
     try:

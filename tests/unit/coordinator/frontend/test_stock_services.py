@@ -25,7 +25,7 @@ async def served() -> AsyncIterator[Any]:
     """A channel to a server that has nothing but its stock services."""
     handler = grpc.method_handlers_generic_handler("lockstep.v1.GenerateService", {})
     health = HealthService()
-    server = build_server(handler, health, 1)
+    server = build_server((handler,), health, 1)
     port = bind(server, "127.0.0.1", 0)
     await server.start()
     try:

@@ -22,6 +22,8 @@ from coordinator.config import otlp_endpoint
 from coordinator.frontend.errors import TracingUnavailable
 from coordinator.frontend.tracing import make_tracer
 from protos.lockstep.v1 import engine_pb2, generate_pb2
+from protos.vllm_engine import vllm_engine_pb2
+from protos.vllm_engine.vllm_engine_pb2_grpc import VllmEngineStub
 from tests.unit.coordinator.frontend.fake_engine import (
     MODEL_NAME,
     serving,
@@ -104,6 +106,8 @@ def test_a_request_is_one_span_below_the_clients_with_its_phases_as_events(model
     assert span.status.code == trace_pb2.Status.STATUS_CODE_UNSET
     assert metadata["traceparent"] == f"00-{TRACE_ID}-{span.span_id.hex()}-01"
     found = attributes(span.attributes)
+    assert found["rpc.service"] == "lockstep.v1.GenerateService"
+    assert found["rpc.method"] == "Generate"
     assert found["lockstep.request_id"] == "request-7"
     assert found["gen_ai.request.model"] == MODEL_NAME
     assert found["gen_ai.usage.input_tokens"] == 3
@@ -114,6 +118,29 @@ def test_a_request_is_one_span_below_the_clients_with_its_phases_as_events(model
     since = [event.time_unix_nano - span.events[0].time_unix_nano for event in span.events]
     assert since == [0, 250_000_000, 750_000_000]
     assert collector.resources[0]["service.name"] == "lockstep"
+
+
+def test_a_gateways_call_is_a_span_of_the_service_that_it_speaks(model: Path) -> None:
+    async def main(endpoint: str) -> None:
+        async with serving(model, otlp_endpoint=endpoint) as served:
+            asked = vllm_engine_pb2.GenerateRequest(
+                tokenized=vllm_engine_pb2.TokenizedInput(input_ids=[1, 2])
+            )
+            call = VllmEngineStub(served.channel).Generate(asked)
+            submit = await served.engine.next_submit()
+            served.engine.send_outputs({submit.handle: [4]})
+            served.engine.end(submit.handle, times=TIMES)
+            assert [message async for message in call]
+
+    with collecting() as (collector, endpoint):
+        asyncio.run(main(endpoint))
+    (span,) = collector.spans
+    assert span.name == "vllm.grpc.engine.VllmEngine/Generate"
+    found = attributes(span.attributes)
+    assert (found["rpc.service"], found["rpc.method"]) == (
+        "vllm.grpc.engine.VllmEngine",
+        "Generate",
+    )
 
 
 def test_a_refused_request_and_one_that_is_cancelled_are_spans_too(model: Path) -> None:

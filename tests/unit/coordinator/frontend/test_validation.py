@@ -181,7 +181,7 @@ def test_text_limits_need_a_tokenizer() -> None:
 
 @pytest.mark.parametrize("num_prompt_tokens", [0, 64, 65])
 def test_prompt_is_not_empty_and_leaves_room_for_a_token(num_prompt_tokens: int) -> None:
-    with pytest.raises(BadRequest, match="prompt tokens is .* at least 1 and at most 63"):
+    with pytest.raises(BadRequest, match="tokens in prompt is .* at least 1 and at most 63"):
         check_prompt_length(num_prompt_tokens, _LIMITS)
     with pytest.raises(BadRequest):
         _resolve(num_prompt_tokens)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from coordinator.errors import BadRequest
+from coordinator.frontend.errors import RequestFailed
 from coordinator.frontend.vllm_request import dialect_of, in_callers_words, lockstep_request
 from protos.lockstep.v1 import generate_pb2
 from protos.vllm_engine import vllm_engine_pb2 as vllm
@@ -60,6 +61,7 @@ def asked(**params: Any) -> dict[str, Any]:
         ({"json_schema": "{}"}, {"json_schema": "{}"}),
         ({"regex": "a+"}, {"regex": "a+"}),
         ({"json_object": True}, {"json_object": True}),
+        ({"json_object": False}, {"json_object": False}),
         ({"grammar": "root ::= x"}, {"gbnf_grammar": "root ::= x"}),
         (
             {"choice": vllm.ChoiceConstraint(choices=["a"])},
@@ -140,10 +142,25 @@ def test_the_dialect_is_that_of_a_caller_who_makes_the_text() -> None:
 def test_a_refusal_names_the_field_as_the_caller_does() -> None:
     said = {
         "token_ids.ids[3]": "tokenized.input_ids[3]",
-        "number of token_ids.ids": "number of tokenized.input_ids",
+        "prompt[3]": "input[3]",
+        "prompt_logprobs": "prompt_logprobs",
         "gbnf_grammar": "grammar",
         "top_p": "top_p",
     }
     for ours, theirs in said.items():
         error = in_callers_words(BadRequest(ours, 7, "less"))
         assert str(error) == f"{theirs} is 7; it must be less"
+
+
+def test_a_refusal_by_the_engine_names_the_field_as_the_caller_does() -> None:
+    for field, message, expected in (
+        ("gbnf_grammar", "gbnf_grammar cannot be used: gbnf_grammar?", "grammar cannot be used"),
+        ("prompt", "the prompt is empty", "the input is empty"),
+        ("request_id", "request_id is 'prompt'", "request_id is 'prompt'"),
+        ("", "the queue is full", "the queue is full"),
+    ):
+        error = in_callers_words(RequestFailed(8, message, 1.5, field))
+        assert isinstance(error, RequestFailed)
+        assert str(error).startswith(expected)
+        assert error.field == {"gbnf_grammar": "grammar", "prompt": "input"}.get(field, field)
+        assert (error.status_code, error.retry_after_s) == (8, 1.5)

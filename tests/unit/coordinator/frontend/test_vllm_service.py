@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.rpc import error_details_pb2
 
 from coordinator.frontend.tokenizer import Tokenizer
 from protos.lockstep.v1 import engine_pb2, generate_pb2
@@ -25,6 +26,7 @@ from tests.unit.coordinator.frontend.fake_engine import (
     write_ids_only_model,
     write_text_model,
 )
+from tests.unit.coordinator.frontend.test_error_details import detail, details_of
 
 Script = Callable[[Served, VllmEngineStub], Awaitable[None]]
 
@@ -233,7 +235,7 @@ def test_abort_ends_the_stream_and_is_idempotent(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("names", "words"),
-    [(["r", "x" * 257], "request_id"), (["r"] * 1025, "number of request_ids is 1025")],
+    [(["r", "x" * 257], "request_ids[1]"), (["r"] * 1025, "number of request_ids is 1025")],
     ids=["long", "many"],
 )
 def test_a_bad_abort_ends_nothing(model: Path, names: list[str], words: str) -> None:
@@ -273,6 +275,12 @@ def test_a_dropped_call_releases_the_request_also_after_abort(model: Path, strea
         (request(stop=[""]), ["stop[0]", "1 to 256"]),
         (request(name="r" * 257), ["request_id", "1 to 256"]),
         (request(structural_tag="{}"), ["structural_tag", "'{}'", "unset"]),
+        (request(truncate_prompt_tokens=5), ["truncate_prompt_tokens", "5", "unset"]),
+        (request(prompt_logprobs=1), ["prompt_logprobs", "1", "unset"]),
+        (request(grammar="x" * 65537), ["bytes of grammar", "65537", "65536"]),
+        (request(top_k=2**31), ["top_k", str(2**31), "at most"]),
+        (request(stop_token_ids=[1, 2**31]), ["stop_token_ids[1]", str(2**31), "at most"]),
+        (request(logit_bias={VOCAB_SIZE: 1.0}), ["id in logit_bias", str(VOCAB_SIZE)]),
         (vllm.GenerateRequest(), ["input", "tokenized and text"]),
         (
             vllm.GenerateRequest(tokenized=vllm.TokenizedInput(input_ids=[1, VOCAB_SIZE])),
@@ -280,7 +288,7 @@ def test_a_dropped_call_releases_the_request_also_after_abort(model: Path, strea
         ),
         (
             vllm.GenerateRequest(tokenized=vllm.TokenizedInput(input_ids=[1] * 65)),
-            ["number of prompt tokens", "65", "63"],
+            ["number of tokens in input", "65", "63"],
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -329,6 +337,27 @@ def test_an_error_of_the_engine_ends_the_call_with_its_status(model: Path) -> No
         error = await failure(call)
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert error.details() == "the queue is full"
+
+    run(model, script)
+
+
+def test_what_the_engine_refuses_names_the_gateways_field(model: Path) -> None:
+    async def script(served: Served, stub: VllmEngineStub) -> None:
+        call = stub.Generate(request(grammar="root ::="))
+        submit = await served.engine.next_submit()
+        served.engine.send(
+            ended={
+                "handle": submit.handle,
+                "status_code": grpc.StatusCode.INVALID_ARGUMENT.value[0],
+                "status_message": "gbnf_grammar cannot be used: unfinished",
+                "field": "gbnf_grammar",
+            }
+        )
+        error = await failure(call)
+        assert error.details() == "grammar cannot be used: unfinished"
+        (bad,) = detail(details_of(error), error_details_pb2.BadRequest)
+        violation = bad.field_violations[0]  # type: ignore[attr-defined]
+        assert violation.field == "sampling_params.grammar"
 
     run(model, script)
 
