@@ -222,7 +222,7 @@ class NcclCommunicator:
 
     def _warm_up(self) -> None:
         """One small sum, so that a group that cannot talk fails here and not in the first step."""
-        self._enqueue_all_reduce(self._token, ReduceOp.SUM)
+        self._recorded_all_reduce(self._token, ReduceOp.SUM)
         self.wait_stream(self.timeout_s, "the first all-reduce")
         total = self._token.item()
         if total != self.world_size:

@@ -24,6 +24,8 @@ def begin_call(state_ptr, SLOT_BYTES: tl.constexpr, WORLD_SIZE: tl.constexpr):
 def end_call(state_ptr, state, used_bytes, NUM_STATES: tl.constexpr, BLOCK: tl.constexpr):
     """Move all state entries to the next call; `used_bytes` of each row were sent to."""
     program, num_programs = tl.program_id(0), tl.num_programs(0)
+    # Every thread has read the state by itself: a warp that is late must not find the next call's.
+    tl.debug_barrier()
     fresh = (next_sequence(state >> 32, 1) << 32) | used_bytes.to(tl.int64)
     tl.store(state_ptr + program, fresh)
     share = tl.cdiv(NUM_STATES - num_programs, num_programs)

@@ -97,6 +97,7 @@ def tpcomm_stamp_end(state_ptr, ring_ptr, NUM_STATES: tl.constexpr, BLOCK: tl.co
     sequence = state >> 32
     begun = tl.load(ring_ptr + (sequence % _ENTRIES) * _WORDS + 2)
     write_end(ring_ptr, sequence, begun)
+    tl.debug_barrier()  # as in end_call: all threads have read the state
     # By as many as there are buffers, so that staged calls find the one that they expect.
     fresh = (next_sequence(sequence, _NCCL_SEQUENCES) << 32) | (state & 0xFFFFFFFF)
     for start in tl.static_range(0, NUM_STATES, BLOCK):

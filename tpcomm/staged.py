@@ -16,6 +16,7 @@ from tpcomm.nccl import NcclCommunicator
 from tpcomm.nccl_api import Nccl
 from tpcomm.norm_kernel import add_rms_norm_reference
 from tpcomm.paths import CommPath
+from tpcomm.records import BARRIER
 from tpcomm.size_table import SizeTable, unmeasured_table
 from tpcomm.staged_ways import STAGED_WAYS, staged_ways
 from tpcomm.staging import Staging, host_identity
@@ -40,10 +41,10 @@ class StagedCommunicator(NcclCommunicator):
         staging_bytes: int,
         name: str,
     ) -> None:
+        self._staging: Staging | None = None
         super().__init__(nccl, unique_id, rank, world_size, device, timeout_s)
         self._staging_bytes = staging_bytes
         self.staging_absent = ""
-        self._staging: Staging | None = None
         self.table = SizeTable(())
         self._switched_off: dict[tuple[str, str], str] = {}
         self._form_staging(name)
@@ -209,6 +210,8 @@ class StagedCommunicator(NcclCommunicator):
         self._staging, self.staging_absent = staging, reason
         if staging is not None:
             self.table = unmeasured_table(self.world_size, staging.limit_bytes)
+            with self._stamped(BARRIER, 0):  # loads the stamps for these tables before any capture
+                pass
 
     def _cannot_share(self, staging_bytes: int) -> str:
         """Why the ranks cannot share memory, as all of them see alike; empty if they may."""

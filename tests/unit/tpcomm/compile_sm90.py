@@ -58,6 +58,13 @@ def variants(tables: StagingTables) -> Iterator[Variant]:
         yield "all_gather", torch.uint8, num_elements == 512, gather_launch(raw, out, tables)
 
 
+def state_behind_barrier(ttir: str) -> bool:
+    """Whether the threads of a program meet between reading the state and overwriting it."""
+    steps = ("tt.load %state ", "gpu.barrier", "tt.store %state,")
+    places = [ttir.find(step) for step in steps]
+    return -1 not in places and places == sorted(places)
+
+
 def main() -> None:
     driver.set_active(HopperDriver())
     tables = make_tables(int(sys.argv[1]), 1, SLOT_BYTES, torch.device("cpu"))
@@ -70,6 +77,7 @@ def main() -> None:
             "whole_vectors": whole,
             "cubin_bytes": len(compiled.asm["cubin"]),
             "shared_bytes": compiled.metadata.shared,
+            "state_behind_barrier": state_behind_barrier(compiled.asm["ttir"]),
             "fences": len(re.findall(r"\b(?:fence|membar)\.", ptx)),
             "instructions": sorted(set(re.findall(r"(?:ld|st|atom)\.[\w.]*global[\w.]*", ptx))),
         }

@@ -38,6 +38,7 @@ def test_every_variant_compiles_for_hopper_with_system_scope_words(tmp_path: Pat
             continue
         instructions = set(report["instructions"])
         # What peers see bypasses the caches, as one vector wherever the message allows it.
+        assert report["state_behind_barrier"], report
         # The recorder adds stores and reductions of one thread, and nothing that is waited for.
         atomics = {name for name in instructions if name.startswith("atom")}
         assert atomics == {"atom.global.gpu.relaxed.add.u64"} and not report["fences"]
