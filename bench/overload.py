@@ -3,6 +3,10 @@
 Sustainable is the highest open-loop rate without a refusal. Then the same server gets 0.8 and 10
 times that. What is accepted under overload must be served about as well as without; every refusal
 must name a delay; memory must stay; and afterwards the server must be idle and well.
+
+Two settings bound what the accepted wait for, and are chosen for the model and the prompts: a step
+has room for one prompt beside the rows that decode, which bounds the gaps, and the limit on the
+predicted wait is about one such step, which bounds the time to the first token.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from bench.record import RESULTS, Case, Record, command_line, hardware, report, 
 
 _START_LIMIT_S = 300.0
 _IDLE_LIMIT_S = 30.0
-_SEARCH_STEP = 1.25
+_UP, _DOWN = 1.5, 1.25  # factors of the search's rates, in short runs and in whole ones
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def _flags(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     coordinator += ["--max-queue-requests", str(options.max_queue_requests)]
     coordinator += ["--max-model-len", "1024", "--kv-cache-bytes", options.kv_cache_bytes]
     coordinator += ["--max-queue-time", str(options.max_queue_time)]
-    # One prompt a step beside all that decode: several at once would make the others wait.
+    # One prompt a step beside all that decode: the gaps under overload are those without it.
     coordinator += ["--max-batch-tokens", str(options.max_num_seqs + options.prompt_tokens)]
     return [*common, "--num-threads", str(options.num_threads)], coordinator
 
@@ -84,66 +88,85 @@ def _start(
     return Served(ready.grpc, ready.metrics, [ready.pid, *children(ready.pid)])
 
 
+class _Runs:
+    """Runs of one server, no two with the same prompts: the prefix cache has none of them."""
+
+    def __init__(self, loop: OpenLoop, options: argparse.Namespace) -> None:
+        self._loop = loop
+        self._options = options
+        self._num_runs = 0
+
+    async def run(self, rate: float, seconds: float, stop_at_refusal: bool = False) -> Outcomes:
+        """Requests at `rate` a second; says what became of them."""
+        options = self._options
+        self._num_runs += 1
+        arrivals = Arrivals(
+            rate=rate,
+            seconds=seconds,
+            prompt_tokens=options.prompt_tokens,
+            output_tokens=options.output_tokens,
+            vocab_size=options.vocab_size,
+            deadline_s=options.deadline,
+            seed=self._num_runs,
+        )
+        outcomes = await self._loop.run(arrivals, stop_at_refusal)
+        say(f"{rate:.2f} req/s for {outcomes.seconds:.0f} s: {_summary(outcomes)}")
+        return outcomes
+
+    async def sustainable(self) -> tuple[float, Outcomes]:
+        """The highest rate of a ladder without a refusal over the whole time, and that run."""
+        options = self._options
+        rate = options.first_rate
+        while _is_clean(await self.run(rate * _UP, options.search_seconds, stop_at_refusal=True)):
+            rate *= _UP
+        while not _is_clean(full := await self.run(rate, options.seconds, stop_at_refusal=True)):
+            rate /= _DOWN
+        return float(rate), full
+
+
+def _is_clean(outcomes: Outcomes) -> bool:
+    return not outcomes.num_refused and not outcomes.others
+
+
 async def _measure(
     served: Served, options: argparse.Namespace
 ) -> tuple[list[tuple[str, str, float]], list[str]]:
     """Figures (name, unit, value) and what did not hold."""
     loop = OpenLoop(served.address)
+    runs = _Runs(loop, options)
     try:
-        await loop.run(_arrivals(options, options.first_rate, options.search_seconds, 1))
-        rate = await _sustainable(loop, options)
-        normal = await loop.run(_arrivals(options, 0.8 * rate, options.seconds, 2))
-        full = await loop.run(_arrivals(options, rate, options.seconds, 3))
+        await runs.run(options.first_rate, options.search_seconds)  # the server learns its times
+        rate, full = await runs.sustainable()
+        normal = await runs.run(0.8 * rate, options.seconds)
         before = served.resident()
-        flooded = await loop.run(_arrivals(options, 10 * rate, options.seconds, 4))
+        flooded = await runs.run(10 * rate, options.seconds)
     finally:
         await loop.close()
     grown_mb = (served.resident() - before) / 1e6
     idle = _wait_idle(served)
     figures = [
         ("sustainable-rate", "req/s", rate),
-        ("normal-ttft-p99", "ms", 1e3 * _p99(normal.first)),
-        ("overload-ttft-p99", "ms", 1e3 * _p99(flooded.first)),
-        ("normal-gap-p99", "ms", 1e3 * _p99(normal.longest_gaps)),
-        ("overload-gap-p99", "ms", 1e3 * _p99(flooded.longest_gaps)),
+        *_latencies("normal", normal),
+        *_latencies("overload", flooded),
         ("sustainable-goodput", "tok/s", full.goodput),
         ("overload-goodput", "tok/s", flooded.goodput),
         ("overload-refused", "requests", flooded.num_refused),
+        ("overload-refused-after-p99", "ms", 1e3 * _p99(flooded.refused_after)),
         ("overload-finished", "requests", flooded.num_finished),
         ("memory-growth", "MB", grown_mb),
     ]
     return figures, _problems(normal, full, flooded, grown_mb, idle)
 
 
-async def _sustainable(loop: OpenLoop, options: argparse.Namespace) -> float:
-    """Highest rate of the ladder without a refusal, confirmed over the whole time."""
-    rate = options.first_rate
-    while True:
-        outcomes = await loop.run(
-            _arrivals(options, rate * _SEARCH_STEP, options.search_seconds, 5)
-        )
-        say(f"{rate * _SEARCH_STEP:.2f} req/s: {_summary(outcomes)}")
-        if outcomes.num_refused or outcomes.others:
-            break
-        rate *= _SEARCH_STEP
-    while True:
-        outcomes = await loop.run(_arrivals(options, rate, options.seconds, 6))
-        say(f"{rate:.2f} req/s for {options.seconds:g} s: {_summary(outcomes)}")
-        if not outcomes.num_refused and not outcomes.others:
-            return float(rate)
-        rate /= _SEARCH_STEP
-
-
-def _arrivals(options: argparse.Namespace, rate: float, seconds: float, seed: int) -> Arrivals:
-    return Arrivals(
-        rate=rate,
-        seconds=seconds,
-        prompt_tokens=options.prompt_tokens,
-        output_tokens=options.output_tokens,
-        vocab_size=options.vocab_size,
-        deadline_s=options.deadline,
-        seed=seed,
+def _latencies(name: str, outcomes: Outcomes) -> list[tuple[str, str, float]]:
+    """What the clients saw, and of the time to the first token what the server says of it."""
+    parts = (
+        ("ttft", outcomes.first),
+        ("queue", outcomes.in_queue),
+        ("prefill", outcomes.in_prefill),
+        ("gap", outcomes.longest_gaps),
     )
+    return [(f"{name}-{part}-p99", "ms", 1e3 * _p99(values)) for part, values in parts]
 
 
 def _problems(
@@ -191,9 +214,10 @@ def _p99(values: list[float]) -> float:
 
 
 def _summary(outcomes: Outcomes) -> str:
+    latencies = ", ".join(f"{name[1:]} {value:.0f}" for name, _, value in _latencies("", outcomes))
     return (
         f"{outcomes.num_finished} finished, {outcomes.num_refused} refused, {outcomes.others or ''}"
-        f" ttft p99 {1e3 * _p99(outcomes.first):.0f} ms, {outcomes.goodput:.0f} tok/s"
+        f" {outcomes.goodput:.0f} tok/s; ms: {latencies}"
     )
 
 
@@ -219,13 +243,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=8)
     parser.add_argument("--max-queue-requests", type=int, default=4)
-    parser.add_argument("--max-queue-time", type=float, default=0.1, help="predicted, seconds")
+    parser.add_argument("--max-queue-time", type=float, default=0.25, help="predicted, seconds")
     parser.add_argument("--num-threads", type=int, default=1, help="of each rank")
     parser.add_argument("--kv-cache-bytes", default="256M")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--first-rate", type=float, default=0.5, help="requests a second")
-    parser.add_argument("--search-seconds", type=float, default=15.0)
+    parser.add_argument("--search-seconds", type=float, default=10.0)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--deadline", type=float, default=60.0, help="of each call, seconds")
     parser.add_argument("--dry-run", action="store_true", help="keep no file")

@@ -107,7 +107,7 @@ def _notifier(config: CoordinatorConfig) -> Notifier:
 def _check_access_files(config: CoordinatorConfig) -> None:
     """Before anything is started; frontends and leader read them again when they need them.
 
-    Raises FlagError, TlsFileError, ApiKeysError.
+    Raises TlsFileError, ApiKeysError, StartRefused.
     """
     if config.public_tls is not None:
         read_tls_files(config.public_tls, is_server=True)

@@ -56,7 +56,7 @@ class Engine:
         self._outbox = Outbox()
         self._grammars = GrammarPool(config.model, config.grammar_processes, self._take_mask)
         self._book = RequestBook(
-            self._outbox, metrics, config.queue_limits, constraints=Constraints(self._grammars)
+            self._outbox, metrics, config.queue_limits, Constraints(self._grammars)
         )
         self._frontends: list[FrontendProcess] = []
         self._ports: dict[int, int] = {}

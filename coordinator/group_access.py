@@ -8,8 +8,11 @@ from typing import Any
 
 import grpc
 
+from coordinator.errors import StartRefused
+from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon.flags import FlagError
 from lockstep.daemon.group_secret import TOKEN_KEY, join_token, read_group_secret
-from lockstep.daemon.tls_files import TlsFiles, TlsMaterial, read_tls_files
+from lockstep.daemon.tls_files import TlsFileError, TlsFiles, TlsMaterial, read_tls_files
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,12 @@ class GroupAccess:
 
     @classmethod
     def read(cls, tls: TlsFiles | None, secret_path: str) -> GroupAccess:
-        """Reads the files as they are now. Raises FlagError, TlsFileError."""
-        material = None if tls is None else read_tls_files(tls, is_server=False)
-        return cls(material, read_group_secret(secret_path))
+        """Reads the files as they are now. Raises StartRefused."""
+        try:
+            material = None if tls is None else read_tls_files(tls, is_server=False)
+            return cls(material, read_group_secret(secret_path))
+        except (FlagError, TlsFileError) as error:
+            raise StartRefused(ExitCode.CONFIG, str(error)) from error
 
     def channel(self, address: str, options: Sequence[tuple[str, Any]]) -> Any:
         """A grpc.aio channel; with TLS the worker must be of our CA and of the name dialled."""

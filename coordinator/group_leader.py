@@ -13,7 +13,7 @@ from coordinator.batch import Batch, BatchLimits
 from coordinator.broadcast_time import BroadcastTime
 from coordinator.collective_skew import CollectiveSkew
 from coordinator.config import CoordinatorConfig
-from coordinator.errors import RankLost, StartRefused
+from coordinator.errors import RankLost
 from coordinator.failure import (
     FailureBudget,
     end_workers,
@@ -34,10 +34,7 @@ from coordinator.step_log import StepLog
 from coordinator.step_loop import StepLoop
 from coordinator.tasks import run_until_first_ends
 from coordinator.worker_group import StepStreams, WorkerClient
-from lockstep.daemon.exit_codes import ExitCode
-from lockstep.daemon.flags import FlagError
 from lockstep.daemon.process_identity import boot_id
-from lockstep.daemon.tls_files import TlsFileError
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import worker_pb2
 
@@ -83,7 +80,8 @@ class GroupLeader:
         budget = FailureBudget()
         is_restart = False
         while True:
-            access = self._access()
+            # Read anew for every epoch, so that replaced files are taken.
+            access = GroupAccess.read(self._config.group_tls, self._config.group_secret)
             self._workers = [
                 WorkerClient(rank, address, access, epoch)
                 for rank, address in enumerate(self._config.workers)
@@ -114,13 +112,6 @@ class GroupLeader:
         if tell_workers:
             await shut_down_workers(self._workers, "the coordinator stops", _ORDERLY_GONE_TIMEOUT_S)
         await self._close_channels()
-
-    def _access(self) -> GroupAccess:
-        """Read anew for every epoch, so that replaced files are taken. Raises StartRefused."""
-        try:
-            return GroupAccess.read(self._config.group_tls, self._config.group_secret)
-        except (FlagError, TlsFileError) as error:
-            raise StartRefused(ExitCode.CONFIG, str(error)) from error
 
     async def _lead(self, epoch: int, is_restart: bool) -> None:
         startup = Startup(

@@ -35,7 +35,6 @@ from lockstep.daemon.flags import FlagError
 from lockstep.daemon.logs import configure_logging
 from lockstep.daemon.model_digest import ModelDirError, model_digest
 from lockstep.daemon.security_flags import GROUP_FLAGS, group_tls
-from lockstep.daemon.tls_files import TlsFileError
 from protos.lockstep.v1 import worker_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         check_fit(options, log)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             report = runner.run(replay(options, log))
-    except BadStepLog as error:
+    except (BadStepLog, FlagError) as error:
         return _stop(ExitCode.CONFIG, error)
     except ModelDirError as error:
         return _stop(ExitCode.CHECKPOINT, error)
@@ -106,9 +105,10 @@ def check_fit(options: ReplayOptions, log: RecordedRun) -> None:
 
 
 async def replay(options: ReplayOptions, log: RecordedRun) -> ReplayReport:
-    """Brings the group up, replays, and lets it go. Raises StartRefused, BadStepLog."""
+    """Brings the group up, replays, and lets it go. Raises FlagError, StartRefused, BadStepLog."""
     epoch = time.time_ns() // 1_000_000  # as GroupLeader chooses it
-    access = _access(options)
+    files = group_tls(options.group_cert, options.group_key, options.group_ca)
+    access = GroupAccess.read(files, options.group_secret)
     workers = [
         WorkerClient(rank, address, access, epoch) for rank, address in enumerate(options.workers)
     ]
@@ -119,14 +119,6 @@ async def replay(options: ReplayOptions, log: RecordedRun) -> ReplayReport:
     finally:
         for worker in workers:
             await worker.close()
-
-
-def _access(options: ReplayOptions) -> GroupAccess:
-    try:
-        files = group_tls(options.group_cert, options.group_key, options.group_ca)
-        return GroupAccess.read(files, options.group_secret)
-    except (FlagError, TlsFileError) as error:
-        raise StartRefused(ExitCode.CONFIG, str(error)) from error
 
 
 class _OneReplay:

@@ -53,8 +53,8 @@ class RequestBook:
         outbox: Outbox,
         metrics: EngineMetrics,
         queue_limits: QueueLimits,
+        constraints: Constraints,
         clock: Callable[[], float] = time.monotonic,
-        constraints: Constraints | None = None,
     ) -> None:
         self.outbox = outbox
         self.metrics = metrics
@@ -120,7 +120,7 @@ class RequestBook:
         self._clients.began(frontend)
         self.metrics.prompt_tokens += request.prompt_len
         if request.constraint is not None and not _ends_resumed(request):
-            assert self._constraints is not None and self._epoch is not None
+            assert self._epoch is not None
             self._constraints.began(request, self._epoch.limits.vocab_size)
             return
         self.outbox.accept(request)
@@ -128,7 +128,7 @@ class RequestBook:
 
     def take_mask(self, reply: grammar_pb2.GrammarReply) -> None:
         """A constrained request's next mask, with the first of which it is accepted, or its end."""
-        request = self._constraints.take(reply) if self._constraints else None
+        request = self._constraints.take(reply)
         if request is None:
             return
         assert self._epoch is not None
@@ -198,7 +198,6 @@ class RequestBook:
 
     def took_token(self, request: Request, token_id: int) -> None:
         """A constrained request has got a token that is not its last: the next mask is wanted."""
-        assert self._constraints is not None
         self._constraints.got_token(request, token_id)
 
     def finish(
@@ -247,8 +246,6 @@ class RequestBook:
             request.leader = self._by_handle.get((frontend, submit.group))
         if request.constraint is None:
             epoch.batch.enqueue(request)
-        elif self._constraints is None:
-            raise Refused(grpc.StatusCode.UNIMPLEMENTED, "unimplemented", "no constraints here")
         else:
             epoch.batch.await_mask(request)
         return request
@@ -297,7 +294,7 @@ class RequestBook:
             self._epoch.control.predictor.observe_stay(stay_s, request.num_steps)
         batch.queue.charge_output(request)
         batch.finish(request)
-        if request.constraint_key and self._constraints is not None:
+        if request.constraint_key:
             self._constraints.ended(request)
         self._clients.ended(request.frontend)
         self._precedence.give_back(request.order)

@@ -151,9 +151,7 @@ def plan_step(
     chunks, all_end = _continue_prefills(going_on, room, capacity.block_size)
     if all_end and not preempted:
         chunks += _admit(waiting, num_rows + len(going_on), room, capacity)
-    active = rows.orders[rows.next_positions < rows.limits].tolist()
-    num_active = sum(order not in gone for order in active) if gone else len(active)
-    return StepPlan(preempted, needs, chunks, num_rows, num_steps, num_active)
+    return StepPlan(preempted, needs, chunks, num_rows, num_steps, _num_active(rows, gone))
 
 
 @dataclass
@@ -186,6 +184,14 @@ def _useful_steps(rows: Rows, most: int) -> int:
     if most == 1 or not len(rows.orders):
         return 1
     return max(1, min(most, int((rows.limits - rows.next_positions).max())))
+
+
+def _num_active(rows: Rows, gone: set[int]) -> int:
+    """Rows that have a position to compute and are not among the preempted."""
+    is_active = rows.next_positions < rows.limits
+    if not gone:  # as nearly always: nothing is listed
+        return int(np.count_nonzero(is_active))
+    return sum(order not in gone for order in rows.orders[is_active].tolist())
 
 
 def _row_needs(rows: Rows, num_steps: int, block_size: int) -> list[tuple[int, int]]:

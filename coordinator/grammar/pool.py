@@ -29,8 +29,9 @@ class _Output:
 class GrammarPool:
     """Compiles constraints and answers every `open` and `advance` by one call of `take_reply`.
 
-    A process that is brought down, or kept busy too long, by one constraint ends that one alone:
-    the others go on in a new process from the outputs they have. Owned by the event loop.
+    A process that is brought down, or kept busy too long, by one constraint ends that one alone,
+    with whatever begins with the same definition: the others go on in a new process from the
+    outputs they have. Owned by the event loop.
     """
 
     def __init__(
@@ -124,14 +125,27 @@ class GrammarPool:
         _LOG.warning("a grammar process %s", problem)
         self._processes.remove(process)
         hit = [key for key, output in self._outputs.items() if output.process is process]
+        bad = self._alike(blamed)
         for key in hit:
             if not process.is_up:
                 self._end(key, _UNAVAILABLE, f"the grammar process {problem}")
-            elif key == blamed:
+            elif key in bad:
                 self._end(key, _INVALID_ARGUMENT, f"the grammar process {problem} for this one")
             else:
                 self._outputs[key].process = self._idlest()
                 self._send_open(key)
+
+    def _alike(self, blamed: int) -> set[int]:
+        """With whatever else begins with the same definition, as the samples of its call do: each
+        would cost a process more. What has got further goes on."""
+        output = self._outputs.get(blamed)
+        if output is None or output.token_ids:
+            return {blamed}
+        return {
+            key
+            for key, other in self._outputs.items()
+            if not other.token_ids and other.params == output.params
+        }
 
     def _end(self, key: int, status: int, problem: str) -> None:
         del self._outputs[key]

@@ -69,12 +69,7 @@ class GrammarProcess:
         process = None
         try:
             async with asyncio.timeout(self._start_limit_s) as self._limit:
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-                with theirs:
-                    # Not the event loop's way to start one: that forks, beside threads of gRPC.
-                    process = subprocess.Popen(
-                        command(theirs.fileno()), pass_fds=(theirs.fileno(),)
-                    )
+                process, ours = _start(command)
                 reader, self._writer = await asyncio.open_connection(sock=ours)
                 self._writer.write(b"".join(self._unsent))
                 await self._read(reader)
@@ -86,13 +81,14 @@ class GrammarProcess:
         except OSError as error:
             problem = f"could not be started: {error}"
         finally:
+            # Whose turn it was is told as of now: requests may be sent while the process ends.
+            key = self._unanswered[0] if self._unanswered else 0
             self._limit = None
             if self._writer is not None:
                 self._writer.close()
             if process is not None:
                 process.kill()
                 await asyncio.to_thread(process.wait)
-        key = self._unanswered[0] if self._unanswered else 0
         self._take_loss(self, key, problem)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
@@ -111,6 +107,21 @@ class GrammarProcess:
         if self._limit is not None:
             now = asyncio.get_running_loop().time()
             self._limit.reschedule(None if limit_s is None else now + limit_s)
+
+
+def _start(
+    command: Callable[[int], Sequence[str]],
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The process and our end of the socket to it. Raises OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        try:
+            # Not the event loop's way to start one: that forks, beside threads of gRPC.
+            fd = theirs.fileno()
+            return subprocess.Popen(command(fd), pass_fds=(fd,)), ours
+        except OSError:
+            ours.close()
+            raise
 
 
 def grammar_command(model: os.PathLike[str], vocab_size: int, engine_fd: int) -> Sequence[str]:

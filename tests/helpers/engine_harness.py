@@ -25,6 +25,22 @@ LIMIT_S = 10.0
 MODEL = ModelConfig("float32", 512)
 
 
+class NoMasks:
+    """A MaskSource that never answers."""
+
+    def open(
+        self,
+        key: int,
+        params: generate_pb2.SamplingParams,
+        output_ids: Sequence[int],
+        vocab_size: int,
+    ) -> None: ...
+
+    def advance(self, key: int, token_id: int) -> None: ...
+
+    def close(self, key: int) -> None: ...
+
+
 def make_submit(
     handle: int,
     prompt_ids: Sequence[int],
@@ -207,7 +223,8 @@ async def running_group(
     made = make_config(addresses, **config)
     outbox, heard = Outbox(), Heard()
     metrics = metrics or EngineMetrics("fake")
-    book = RequestBook(outbox, metrics, made.queue_limits, constraints=constraints)
+    constraints = constraints or Constraints(NoMasks())
+    book = RequestBook(outbox, metrics, made.queue_limits, constraints)
 
     def flush() -> None:
         for messages in outbox.take().values():

@@ -8,13 +8,14 @@ import pytest
 from coordinator.admission import ModelLimits
 from coordinator.admission_control import QueueLimits
 from coordinator.batch import Batch, BatchLimits
+from coordinator.constraints import Constraints
 from coordinator.errors import ProtocolBroken
 from coordinator.metrics import EngineMetrics
 from coordinator.outbox import Outbox
 from coordinator.request_book import RequestBook
 from coordinator.results import apply_result, resolve_result
 from protos.lockstep.v1 import worker_pb2
-from tests.helpers.engine_harness import make_submit
+from tests.helpers.engine_harness import NoMasks, make_submit
 
 
 def apply(change: dict[str, object]) -> list[object]:
@@ -23,7 +24,7 @@ def apply(change: dict[str, object]) -> list[object]:
     async def run() -> list[object]:
         batch = Batch(1, BatchLimits(9, 4, 2, 8))
         outbox, metrics = Outbox(), EngineMetrics("m")
-        book = RequestBook(outbox, metrics, QueueLimits(9))
+        book = RequestBook(outbox, metrics, QueueLimits(9), Constraints(NoMasks()))
         book.open(batch, ModelLimits(32, 1000, 9, 4))
         book.submit(0, make_submit(1, [1, 2], 5, logprobs=1))
         outbox.take()

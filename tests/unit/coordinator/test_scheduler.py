@@ -245,3 +245,10 @@ def test_no_plan_gives_away_more_than_there_is(
     for order, start, end, _ in made:
         if order not in plan.preempted:
             assert covered[order] * 4 >= min(start + plan.num_steps, end)
+
+
+def test_rows_at_their_limit_and_rows_that_lose_their_place_are_not_active() -> None:
+    entries = ((1, 5, 20, 2), (2, 7, 7, 2), (3, 8, 20, 2))
+    assert planned(rows(*entries), [], [], capacity()).num_active == 2
+    plan = planned(rows(*entries), [], [], capacity(num_free_blocks=0))
+    assert (plan.preempted, plan.num_active) == ([3], 1)

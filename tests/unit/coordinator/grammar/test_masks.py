@@ -28,6 +28,14 @@ def test_few_ids_travel_as_ids_and_many_as_bits() -> None:
     assert allowed_ids(packed_mask(many)) == set(ids(many))
 
 
+@pytest.mark.parametrize(("num_ids", "form"), [(12, "ids"), (13, "bits")])
+def test_ids_travel_where_they_are_smaller_than_the_bits(num_ids: int, form: str) -> None:
+    mask = np.packbits(np.arange(400) < num_ids, bitorder="little")
+    packed = packed_mask(mask)  # of 50 bytes, 4 an id
+    assert packed.WhichOneof("allowed") == form
+    assert allowed_ids(packed) == set(range(num_ids))
+
+
 def test_ids_are_taken_out_unless_nothing_would_be_left() -> None:
     mask = mask_of_bits(b"\x07", 8)
     assert ids(without_ids(mask, [1])) == [0, 2]

@@ -137,6 +137,32 @@ def test_a_constraint_that_brings_its_process_down_ends_alone(
     run(script())
 
 
+def test_a_definition_that_hangs_is_waited_for_once_whatever_the_number_of_samples(
+    model: Path,
+) -> None:
+    [a, b] = read_tokenizer(model).tokenize_str("ab")
+    starts: list[int] = []
+
+    def counted(model: Path, vocab_size: int, engine_fd: int) -> Sequence[str]:
+        starts.append(engine_fd)
+        return faulty(model, vocab_size, engine_fd)
+
+    async def script() -> None:
+        async with answers(model, command=counted, answer_limit_s=3.0) as made:
+            made.open(1, "ab")
+            assert await made.allowed(1) == {a}
+            for key in (2, 3, 4):
+                made.open(key, "hang")
+            made.pool.advance(1, a)
+            refusals = [await made.refusal() for _ in range(3)]
+            assert [refusal[:2] for refusal in refusals] == [(2, 3), (3, 3), (4, 3)]
+            assert await made.allowed(1) == {b}
+            assert len(starts) == 2
+            made.assert_no_more()
+
+    run(script())
+
+
 def test_a_grammar_from_which_the_compiler_does_not_come_back_ends_its_request(model: Path) -> None:
     async def script() -> None:
         async with answers(model, answer_limit_s=3.0) as made:
