@@ -113,7 +113,7 @@ BAD = {
     ),
     "empty choice": (
         request(choice=generate_pb2.ChoiceConstraint(choices=["a", ""])),
-        ["choice.choices[1]", "''", "not empty"],
+        ["choice.choices[1]", "''", "1 to 65536"],
     ),
     "endless regex": (request(regex="a", ignore_eos=True), ["ignore_eos", "True", "false"]),
     "long request id": (with_fields(request_id="r" * 257), ["request_id", "1 to 256"]),
