@@ -104,9 +104,8 @@ class Call:
         if index not in self._unfinished:
             return
         output = self._prepared.outputs[index]
-        events += [
-            generate_pb2.GenerateResponse(prompt_logprobs=piece) for piece in update.prompt_pieces
-        ]
+        if update.prompt_pieces:
+            events += map(_prompt_event, update.prompt_pieces)
         delta = output.push(update)
         if delta is not None:
             events.append(generate_pb2.GenerateResponse(delta=delta))
@@ -136,6 +135,10 @@ class Call:
 
     def _started_event(self) -> generate_pb2.GenerateResponse:
         return generate_pb2.GenerateResponse(started=self.started)
+
+
+def _prompt_event(piece: generate_pb2.PromptLogprobs) -> generate_pb2.GenerateResponse:
+    return generate_pb2.GenerateResponse(prompt_logprobs=piece)
 
 
 def _failure(ended: engine_pb2.Ended) -> RequestFailed:
