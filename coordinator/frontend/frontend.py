@@ -114,7 +114,7 @@ class Frontend:
             (self._service.handler(), gateway.handler(self._link.report_rejected)),
             self._health,
             config.num_frontends,
-            limits=ConnectionLimits(config.max_connections, config.max_concurrent_streams),
+            ConnectionLimits(config.max_connections, config.max_concurrent_streams),
             # Without keys there is nobody to turn away: calls need not pass through a guard.
             interceptors=(guard,) if access.api_keys is not None else (),
         )
