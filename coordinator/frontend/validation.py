@@ -163,6 +163,9 @@ def resolve_sampling(
     Range(1, MAX_SAMPLES).check("n", num_samples)
     if num_resumed_tokens and num_samples > 1:
         raise BadRequest("n", num_samples, "1 with resume_output_ids, which are of one sample")
+    if num_resumed_tokens and fields.prompt_logprobs is not None:
+        limit = "unset with resume_output_ids: they came before the first output id"
+        raise BadRequest("prompt_logprobs", fields.prompt_logprobs, limit)
     ignore_eos = bool(fields.ignore_eos)
     return SamplingParams(
         temperature=_in_range("temperature", fields.temperature, defaults.temperature),

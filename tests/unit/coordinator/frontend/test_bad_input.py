@@ -127,6 +127,14 @@ BAD = {
         ),
         ["n", "2", "resume_output_ids"],
     ),
+    "prompt_logprobs with resumed ids": (
+        generate_pb2.GenerateRequest(
+            text="hello",
+            resume_output_ids=[1],
+            sampling_params=generate_pb2.SamplingParams(prompt_logprobs=0),
+        ),
+        ["prompt_logprobs is 0", "unset", "resume_output_ids"],
+    ),
     "priority": (with_fields(priority=101), ["priority", "101", "at most 100"]),
     "negative priority": (with_fields(priority=-101), ["priority", "-101", "at least -100"]),
     "long tenant": (with_fields(tenant="t" * 65), ["tenant", "at most 64"]),
