@@ -134,12 +134,9 @@ def _constraint(
     kind = params.WhichOneof("constraint")
     if kind is None:
         return None
-    wanted = generate_pb2.SamplingParams(min_tokens=params.min_tokens, stop_token_ids=stop_ids)
-    if kind == "choice":
-        wanted.choice.CopyFrom(params.choice)
-    else:
-        setattr(wanted, kind, getattr(params, kind))
-    return wanted
+    return generate_pb2.SamplingParams(
+        min_tokens=params.min_tokens, stop_token_ids=stop_ids, **{kind: getattr(params, kind)}
+    )
 
 
 def _logit_bias(bias: Mapping[int, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
