@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coordinator.errors import CoordinatorError
-from coordinator.frontend.sampling_limits import MAX_TENANT_CHARS
+from coordinator.sampling_limits import MAX_TENANT_CHARS
 from lockstep.daemon.watched_files import WatchedFiles
 
 _LOG = logging.getLogger(__name__)

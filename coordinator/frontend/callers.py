@@ -7,7 +7,7 @@ import grpc
 
 from coordinator.frontend.api_keys import ApiKeys
 from coordinator.frontend.errors import Unauthenticated, WrongTenant
-from coordinator.frontend.sampling_limits import MAX_TENANT_CHARS
+from coordinator.sampling_limits import MAX_TENANT_CHARS
 
 _KEY = "authorization"
 _SCHEME = "bearer"

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from coordinator.errors import BadRequest, TextUnavailable
 from coordinator.frontend.generation_defaults import GenerationDefaults
-from coordinator.frontend.sampling_limits import (
+from coordinator.sampling_limits import (
+    BIAS_RANGE,
     MAX_BAD_WORD_CHARS,
     MAX_BAD_WORDS,
     MAX_BIASED_IDS,
@@ -304,7 +305,7 @@ def _logit_bias(bias: Mapping[int, float], limits: ModelLimits) -> tuple[tuple[i
         if not 0 <= token_id < limits.vocab_size:
             limit = f"an id in the vocabulary, 0 to {limits.vocab_size - 1}"
             raise BadRequest("logit_bias", token_id, limit, "id in")
-        SAMPLING_RANGES["logit_bias"].check(f"logit_bias[{token_id}]", value)
+        BIAS_RANGE.check(f"logit_bias[{token_id}]", value)
     return tuple(sorted(bias.items()))
 
 
