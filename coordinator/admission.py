@@ -9,26 +9,22 @@ import numpy as np
 from coordinator.errors import CoordinatorError
 from coordinator.precedence import virtual_arrival
 from coordinator.request import Request, Sampling
+from coordinator.sampling_limits import (
+    BIAS_RANGE,
+    MAX_BAD_WORD_IDS,
+    MAX_BAD_WORD_SEQUENCES,
+    MAX_BIASED_IDS,
+    MAX_INT32,
+    MAX_LOGPROBS,
+    MAX_PRIORITY,
+    MAX_STOP_IDS,
+    SAMPLING_RANGES,
+    Range,
+)
 from protos.lockstep.v1 import engine_pb2, generate_pb2
 
-_MAX_STOP_IDS = 16
-_MAX_LOGPROBS = 20
-_MAX_BIASED_IDS = 300
-_MAX_BIAS = 100.0
-_MAX_BAD_WORDS = 32  # two spellings of each of 16
-_MAX_BAD_WORD_IDS = 16
-_MAX_PRIORITY = 100  # either way; that it is bounded keeps everyone from starving
 # A parameter outside these is refused by the ranks, and a refused command costs the whole group.
-_RANGES = {
-    "temperature": (0.0, 100.0),
-    "top_k": (0, 2**31 - 1),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (1e-6, 100.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "min_tokens": (0, 2**31 - 1),
-}
+_RANGES = {**SAMPLING_RANGES, "min_tokens": Range(0, MAX_INT32)}
 
 
 class Refused(CoordinatorError):
@@ -70,18 +66,18 @@ def read_submit(submit: engine_pb2.Submit, frontend: int, limits: ModelLimits) -
     """
     params = submit.sampling_params
     stop_ids = tuple(_token_ids(submit.stop_ids, "stop_token_ids", limits.vocab_size).tolist())
-    few = f"{len(stop_ids)} stop ids; at most {_MAX_STOP_IDS}"
-    _require(len(stop_ids) <= _MAX_STOP_IDS, "stop_token_ids", few)
+    few = f"{len(stop_ids)} stop ids; at most {MAX_STOP_IDS}"
+    _require(len(stop_ids) <= MAX_STOP_IDS, "stop_token_ids", few)
     resumed = _token_ids(submit.resume_output_ids, "resume_output_ids", limits.vocab_size)
     _require(
-        abs(submit.priority) <= _MAX_PRIORITY,
+        abs(submit.priority) <= MAX_PRIORITY,
         "priority",
-        f"priority is {submit.priority}; it must be {-_MAX_PRIORITY} to {_MAX_PRIORITY}",
+        f"priority is {submit.priority}; it must be {-MAX_PRIORITY} to {MAX_PRIORITY}",
     )
     num_logprobs = params.logprobs if params.HasField("logprobs") else -1
     num_prompt_logprobs = params.prompt_logprobs if params.HasField("prompt_logprobs") else -1
     for field, count in (("logprobs", num_logprobs), ("prompt_logprobs", num_prompt_logprobs)):
-        _require(count <= _MAX_LOGPROBS, field, f"{field} {count} is above {_MAX_LOGPROBS}")
+        _require(count <= MAX_LOGPROBS, field, f"{field} {count} is above {MAX_LOGPROBS}")
     request = Request(
         order=virtual_arrival(submit.arrival_time, submit.priority),
         frontend=frontend,
@@ -134,48 +130,42 @@ def _constraint(
     kind = params.WhichOneof("constraint")
     if kind is None:
         return None
-    wanted = generate_pb2.SamplingParams(min_tokens=params.min_tokens, stop_token_ids=stop_ids)
-    if kind == "choice":
-        wanted.choice.CopyFrom(params.choice)
-    else:
-        setattr(wanted, kind, getattr(params, kind))
-    return wanted
+    return generate_pb2.SamplingParams(
+        min_tokens=params.min_tokens, stop_token_ids=stop_ids, **{kind: getattr(params, kind)}
+    )
 
 
 def _logit_bias(bias: Mapping[int, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    few = f"{len(bias)} biases; at most {_MAX_BIASED_IDS}"
-    _require(len(bias) <= _MAX_BIASED_IDS, "logit_bias", few)
+    few = f"{len(bias)} biases; at most {MAX_BIASED_IDS}"
+    _require(len(bias) <= MAX_BIASED_IDS, "logit_bias", few)
     for token_id, value in bias.items():
         known = f"bias of id {token_id}; ids are in [0, {vocab_size})"
         _require(0 <= token_id < vocab_size, "logit_bias", known)
-        small = f"logit_bias {value:g}; at most {_MAX_BIAS:g} either way"
-        _require(abs(value) <= _MAX_BIAS, "logit_bias", small)
+        small = f"logit_bias is {value:g}; it must be {BIAS_RANGE}"
+        _require(value in BIAS_RANGE, "logit_bias", small)
     return tuple(sorted(bias.items()))
 
 
 def _bad_words(words: Sequence[bytes], vocab_size: int) -> tuple[tuple[int, ...], ...]:
     _require(
-        len(words) <= _MAX_BAD_WORDS,
+        len(words) <= MAX_BAD_WORD_SEQUENCES,
         "bad_words",
-        f"{len(words)} bad words; at most {_MAX_BAD_WORDS}",
+        f"{len(words)} bad words; at most {MAX_BAD_WORD_SEQUENCES}",
     )
     sequences = [_token_ids(word, "bad_words", vocab_size).tolist() for word in words]
     for ids in sequences:
         _require(
-            1 <= len(ids) <= _MAX_BAD_WORD_IDS,
+            1 <= len(ids) <= MAX_BAD_WORD_IDS,
             "bad_words",
-            f"a bad word has {len(ids)} ids; it must have 1 to {_MAX_BAD_WORD_IDS}",
+            f"a bad word has {len(ids)} ids; it must have 1 to {MAX_BAD_WORD_IDS}",
         )
     return tuple(map(tuple, sequences))
 
 
 def _check_sampling(sampling: Sampling) -> None:
-    for field, (low, high) in _RANGES.items():
+    for field, limits in _RANGES.items():
         value = getattr(sampling, field)
-        # Written so that NaN is outside.
-        _require(
-            low <= value <= high, field, f"{field} is {value:g}; it must be {low:g} to {high:g}"
-        )
+        _require(value in limits, field, f"{field} is {value:g}; it must be {limits}")
 
 
 def _check_lengths(request: Request, limits: ModelLimits) -> None:

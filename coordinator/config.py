@@ -19,6 +19,7 @@ from lockstep.daemon.flags import (
 )
 from lockstep.daemon.security_flags import (
     ALLOW_PLAINTEXT,
+    CONNECTION_FLAGS,
     GROUP_FLAGS,
     PUBLIC_FLAGS,
     check_exposure,
@@ -101,8 +102,7 @@ FLAGS = (
     Flag("otlp-endpoint", otlp_endpoint, "", "collector of traces, http://host:4317; off if empty"),
     *PUBLIC_FLAGS,
     ALLOW_PLAINTEXT,
-    Flag("max-connections", positive_int, 4096, "most connections of clients to one frontend"),
-    Flag("max-concurrent-streams", positive_int, 2048, "most open calls on one connection"),
+    *CONNECTION_FLAGS,
     *GROUP_FLAGS,
     Flag("log-format", choice("text", "json"), "text", "log lines for people or machines"),
     Flag("ready-file", str, "", "file to write once requests can be answered"),

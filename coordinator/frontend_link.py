@@ -180,8 +180,7 @@ def frontend_command(config: CoordinatorConfig, engine_fd: int, port: int) -> Se
         "max-connections": config.max_connections,
         "max-concurrent-streams": config.max_concurrent_streams,
         "log-format": config.log_format,
+        "otlp-endpoint": config.otlp_endpoint,
     }
-    if config.otlp_endpoint:
-        flags["otlp-endpoint"] = config.otlp_endpoint
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "coordinator.frontend", *words]

@@ -11,12 +11,12 @@ from coordinator.errors import ProtocolBroken
 from coordinator.metrics import EngineMetrics
 from coordinator.request import Request, RequestState
 from coordinator.request_book import RequestBook
+from coordinator.sampling_limits import MAX_LOGPROBS
 from coordinator.step_command import unpack_int32
 from protos.lockstep.v1 import engine_pb2, generate_pb2, worker_pb2
 
 _FLAG_STOP = 1
 _FLAG_NOT_FINITE = 2
-_NUM_ALTERNATIVES = 20
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ class _Alternatives:
         values = np.frombuffer(top_logprobs, dtype="<f4")
         if len(self._logprobs) != num_entries or len(ids) != len(values):
             raise ProtocolBroken(f"step {step}: log-probabilities do not fit its entries")
-        shape = (num_entries, _NUM_ALTERNATIVES)
-        if len(ids) not in (0, num_entries * _NUM_ALTERNATIVES):
+        shape = (num_entries, MAX_LOGPROBS)
+        if len(ids) not in (0, num_entries * MAX_LOGPROBS):
             raise ProtocolBroken(f"step {step}: {len(ids)} alternatives, not {shape}")
         self._top_ids = ids.reshape(shape) if len(ids) else None
         self._top_logprobs = values.reshape(shape) if len(ids) else None

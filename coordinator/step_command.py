@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.request import Request
+from coordinator.sampling_limits import MAX_BAD_WORD_IDS
 from protos.lockstep.v1 import worker_pb2
 
 _DIGEST_LEN = 8
-_NUM_RECENT = 15  # one less than a bad word may have ids
+_NUM_RECENT = MAX_BAD_WORD_IDS - 1  # as many as a bad word has before its last
 
 
 @dataclass

@@ -4,6 +4,8 @@ from coordinator.frontend.errors import Draining, NotReady
 from coordinator.frontend.health import HealthService
 from protos.lockstep.v1 import engine_pb2, generate_pb2
 
+_STOPPING = "the server is stopping and takes no new requests"
+
 
 class Availability:
     """The engine's last word on the group, mirrored into health. Runs on the event loop."""
@@ -55,13 +57,13 @@ class Availability:
 
     def _tell_ready(self) -> None:
         if self._is_withdrawn:
-            self._health.set_ready(False, "the server is stopping and takes no new requests")
+            self._health.set_ready(False, _STOPPING)
         else:
             self._health.set_ready(self._state.is_ready, self._state.cause)
 
     def require_ready(self) -> None:
         """Raises Draining or NotReady."""
         if self._is_draining:
-            raise Draining("the server is stopping and takes no new requests")
+            raise Draining(_STOPPING)
         if not self._state.is_ready:
             raise NotReady(f"the server cannot answer now: {self._state.cause or 'no cause given'}")

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from coordinator.errors import BadRequest
-from coordinator.frontend.sampling_limits import MAX_BAD_WORD_IDS
 from coordinator.frontend.tokenizer import Tokenizer
+from coordinator.sampling_limits import MAX_BAD_WORD_IDS
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:

@@ -7,7 +7,6 @@ from coordinator.frontend.engine_link import EngineLink
 from coordinator.frontend.errors import EngineLost, RequestFailed
 from coordinator.frontend.request_preparer import PreparedRequest
 from coordinator.frontend.stream import StreamUpdate
-from coordinator.frontend.tracing import RequestFacts
 from coordinator.frontend.trailing_metadata import Metadata, times_metadata
 from protos.lockstep.v1 import engine_pb2, generate_pb2
 
@@ -52,7 +51,7 @@ class Call:
         if self._prepared.is_complete:
             self._unfinished.clear()
             finished = self._prepared.outputs[0].finished(None)
-            return [self._started(), generate_pb2.GenerateResponse(finished=finished)]
+            return [self._started_event(), generate_pb2.GenerateResponse(finished=finished)]
         events: list[generate_pb2.GenerateResponse] = []
         for update in await self.streams.take():
             self._take(update, events)
@@ -72,12 +71,9 @@ class Call:
         return 0 if ended is None else ended.times.cached_token_count
 
     @property
-    def facts(self) -> RequestFacts:
-        """The request as it went to the engine."""
-        submits = self._prepared.submits
-        num_prompt_tokens = len(submits[0].prompt_ids) // 4 if submits else 0
-        request_id = self._prepared.started.request_id
-        return RequestFacts(request_id, num_prompt_tokens, self.num_samples)
+    def started(self) -> generate_pb2.Started:
+        """What the client is told first."""
+        return self._prepared.started
 
     @property
     def num_output_tokens(self) -> int:
@@ -108,9 +104,8 @@ class Call:
         if index not in self._unfinished:
             return
         output = self._prepared.outputs[index]
-        events += [
-            generate_pb2.GenerateResponse(prompt_logprobs=piece) for piece in update.prompt_pieces
-        ]
+        if update.prompt_pieces:
+            events += map(_prompt_event, update.prompt_pieces)
         delta = output.push(update)
         if delta is not None:
             events.append(generate_pb2.GenerateResponse(delta=delta))
@@ -135,11 +130,15 @@ class Call:
                 raise _failure(self._failed)
             return []
         self._is_started = True
-        events, self._held = [self._started(), *self._held], []
+        events, self._held = [self._started_event(), *self._held], []
         return events
 
-    def _started(self) -> generate_pb2.GenerateResponse:
-        return generate_pb2.GenerateResponse(started=self._prepared.started)
+    def _started_event(self) -> generate_pb2.GenerateResponse:
+        return generate_pb2.GenerateResponse(started=self.started)
+
+
+def _prompt_event(piece: generate_pb2.PromptLogprobs) -> generate_pb2.GenerateResponse:
+    return generate_pb2.GenerateResponse(prompt_logprobs=piece)
 
 
 def _failure(ended: engine_pb2.Ended) -> RequestFailed:

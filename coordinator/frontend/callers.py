@@ -7,7 +7,7 @@ import grpc
 
 from coordinator.frontend.api_keys import ApiKeys
 from coordinator.frontend.errors import Unauthenticated, WrongTenant
-from coordinator.frontend.sampling_limits import MAX_TENANT_CHARS
+from coordinator.sampling_limits import MAX_TENANT_CHARS
 
 _KEY = "authorization"
 _SCHEME = "bearer"
@@ -23,27 +23,19 @@ class Callers:
     def __init__(self, keys: ApiKeys | None) -> None:
         self._keys = keys
 
-    def check(self, metadata: _Metadata) -> str | None:
-        """The caller's tenant, None where callers have none. Raises Unauthenticated."""
-        if self._keys is None:
-            return None
-        given = [value for key, value in metadata or () if key == _KEY]
-        if len(given) != 1 or not isinstance(given[0], str):
-            raise Unauthenticated("the call needs metadata `authorization: Bearer <API key>`")
-        scheme, _, key = given[0].partition(" ")
-        tenant = self._keys.tenant_of(key.strip()) if scheme.lower() == _SCHEME else None
-        if tenant is None:
-            raise Unauthenticated("the API key in the metadata `authorization` is not known here")
-        return tenant
+    def check(self, metadata: _Metadata) -> None:
+        """Raises Unauthenticated for a caller that is not known."""
+        if self._keys is not None:
+            _owner(self._keys, metadata)
 
     def tenant(self, context: Any, named: str) -> str:
         """Whom a call is for that names the tenant `named`: with keys their owner, and no other.
 
         Raises Unauthenticated, WrongTenant.
         """
-        own = self.check(context.invocation_metadata())
-        if own is None:
+        if self._keys is None:
             return named
+        own = _owner(self._keys, context.invocation_metadata())
         if named not in ("", own):
             shown = repr(named[:MAX_TENANT_CHARS])
             raise WrongTenant(f"tenant is {shown}; it must be empty or {own!r}, the API key's")
@@ -67,6 +59,17 @@ class CallGuard(grpc.aio.ServerInterceptor):
                 self._count("unauthenticated")
                 return _refuse(str(error))
         return await continuation(details)
+
+
+def _owner(keys: ApiKeys, metadata: _Metadata) -> str:
+    given = [value for key, value in metadata or () if key == _KEY]
+    if len(given) != 1 or not isinstance(given[0], str):
+        raise Unauthenticated("the call needs metadata `authorization: Bearer <API key>`")
+    scheme, _, key = given[0].partition(" ")
+    tenant = keys.tenant_of(key.strip()) if scheme.lower() == _SCHEME else None
+    if tenant is None:
+        raise Unauthenticated("the API key in the metadata `authorization` is not known here")
+    return tenant
 
 
 def _refuse(why: str) -> Any:

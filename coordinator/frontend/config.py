@@ -14,7 +14,7 @@ from lockstep.daemon.flags import (
     positive_int,
     tcp_port,
 )
-from lockstep.daemon.security_flags import PUBLIC_FLAGS
+from lockstep.daemon.security_flags import CONNECTION_FLAGS, PUBLIC_FLAGS
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ _FLAGS = (
     Flag("num-frontends", positive_int, 1, "frontends that share the port"),
     Flag("slow-client-seconds", float_between(0.1, 86400), 30.0, "unread output is kept for"),
     *PUBLIC_FLAGS,
-    Flag("max-connections", positive_int, 4096, "most connections of clients"),
-    Flag("max-concurrent-streams", positive_int, 2048, "most open calls on one connection"),
+    *CONNECTION_FLAGS,
     Flag("log-format", choice("text", "json"), "text", "text or json"),
     Flag("otlp-endpoint", str, "", "collector of traces"),
 )

@@ -114,7 +114,7 @@ class Frontend:
             (self._service.handler(), gateway.handler(self._link.report_rejected)),
             self._health,
             config.num_frontends,
-            limits=ConnectionLimits(config.max_connections, config.max_concurrent_streams),
+            ConnectionLimits(config.max_connections, config.max_concurrent_streams),
             # Without keys there is nobody to turn away: calls need not pass through a guard.
             interceptors=(guard,) if access.api_keys is not None else (),
         )
@@ -141,17 +141,13 @@ class Frontend:
 
     def _on_drain(self, drain: engine_pb2.Drain) -> None:
         """Readiness goes off before anything else, while the message is being handled."""
-        if drain.pause_seconds > 0:
-            self._availability.withdraw()
-        else:
-            self._availability.start_draining()
+        self._availability.withdraw()
         if not self._told_to_drain.done():
             self._told_to_drain.set_result(drain)
 
     async def _drain(self, linked: asyncio.Task[None], drain: engine_pb2.Drain) -> None:
-        if drain.pause_seconds > 0:
-            await asyncio.wait({linked}, timeout=drain.pause_seconds)
-            self._availability.start_draining()
+        await asyncio.wait({linked}, timeout=drain.pause_seconds)
+        self._availability.start_draining()
         budget_s = drain.budget_seconds
         _log.info("draining: %d requests, at most %g s", self._link.num_streams, budget_s)
         idle = asyncio.create_task(self._service.wait_until_idle())

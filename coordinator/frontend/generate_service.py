@@ -143,7 +143,7 @@ class GenerateService:
             self._availability.require_ready()  # it may have changed while we tokenised
             call = Call(prepared, self._link)
             if span is not None:
-                span.prepared(call.facts)
+                span.prepared(call.started, call.num_samples)
             frontend_s = time.monotonic() - clock.arrival_time
             is_slow = False
             try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from coordinator.errors import BadCheckpoint, BadRequest
 from coordinator.frontend.checkpoint_files import read_json_object
-from coordinator.frontend.sampling_limits import MAX_STOP_IDS, SAMPLING_RANGES
+from coordinator.sampling_limits import MAX_STOP_IDS, SAMPLING_RANGES
 
 _HONOURED = (
     "temperature",

@@ -19,9 +19,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from coordinator.errors import CoordinatorError
 from coordinator.frontend.rejections import rejection_of
-from coordinator.frontend.tracing import Metadata, RequestFacts
+from coordinator.frontend.tracing import Metadata
 from lockstep.daemon.version import __version__
-from protos.lockstep.v1 import engine_pb2
+from protos.lockstep.v1 import engine_pb2, generate_pb2
 
 _EXPORT_TIMEOUT_S = 2.0
 _CLOSE_LIMIT_S = 3.0
@@ -102,13 +102,13 @@ class OtelSpan:
         context = self._span.get_span_context()
         return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
-    def prepared(self, facts: RequestFacts) -> None:
+    def prepared(self, started: generate_pb2.Started, num_samples: int) -> None:
         """The request goes to the engine."""
         self._span.set_attributes(
             {
-                "lockstep.request_id": facts.request_id,
-                "lockstep.samples": facts.num_samples,
-                "gen_ai.usage.input_tokens": facts.num_prompt_tokens,
+                "lockstep.request_id": started.request_id,
+                "lockstep.samples": num_samples,
+                "gen_ai.usage.input_tokens": started.prompt_token_count,
             }
         )
 

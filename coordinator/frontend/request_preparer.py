@@ -18,7 +18,6 @@ from coordinator.frontend.chat_template import encode_chat
 from coordinator.frontend.checkpoint_text import CheckpointText
 from coordinator.frontend.output_assembler import OutputAssembler
 from coordinator.frontend.output_stream import OutputStream
-from coordinator.frontend.sampling_limits import MAX_STOP_IDS
 from coordinator.frontend.validation import (
     Constraint,
     ModelLimits,
@@ -31,6 +30,7 @@ from coordinator.frontend.validation import (
     check_token_ids,
     resolve_sampling,
 )
+from coordinator.sampling_limits import MAX_STOP_IDS
 from protos.lockstep.v1 import engine_pb2, generate_pb2
 
 MAX_REQUEST_ID_CHARS = 256

@@ -42,15 +42,13 @@ class AddressUnavailable(CoordinatorError):
 class ConnectionLimits:
     """What one frontend takes of its clients."""
 
-    max_connections: int = 4096
-    max_concurrent_streams: int = 2048
+    max_connections: int
+    max_concurrent_streams: int
     """Open calls on one connection."""
 
 
 def server_options(
-    num_frontends: int,
-    keepalive_s: float = KEEPALIVE_SECONDS,
-    limits: ConnectionLimits = ConnectionLimits(),
+    num_frontends: int, limits: ConnectionLimits, keepalive_s: float = KEEPALIVE_SECONDS
 ) -> list[tuple[str, int]]:
     """gRPC channel arguments of the public server.
 
@@ -84,14 +82,14 @@ def build_server(
     handlers: Sequence[grpc.ServiceRpcHandler],
     health: HealthService,
     num_frontends: int,
+    limits: ConnectionLimits,
     keepalive_s: float = KEEPALIVE_SECONDS,
-    limits: ConnectionLimits = ConnectionLimits(),
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> Any:
     """A grpc.aio server of `handlers`, health and reflection; not bound, not started."""
     server = grpc.aio.server(
         interceptors=interceptors,
-        options=server_options(num_frontends, keepalive_s, limits),
+        options=server_options(num_frontends, limits, keepalive_s),
         maximum_concurrent_rpcs=_MAX_OPEN_CALLS,
     )
     names = (*(handler.service_name() for handler in handlers), HEALTH)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from coordinator.errors import CoordinatorError
 from protos.lockstep.v1 import engine_pb2, generate_pb2
@@ -20,7 +20,7 @@ class StreamUpdate:
     token_ids: list[int]
     logprobs: list[generate_pb2.TokenLogprobs]
     ended: engine_pb2.Ended | None
-    prompt_pieces: list[generate_pb2.PromptLogprobs] = field(default_factory=list)
+    prompt_pieces: Sequence[generate_pb2.PromptLogprobs] = ()
 
 
 class SampleStream:
@@ -49,7 +49,8 @@ class SampleStream:
 
     def push_prompt(self, piece: generate_pb2.PromptLogprobs) -> None:
         """Adds log-probabilities of a piece of the prompt."""
-        self._queued().prompt_pieces.append(piece)
+        update = self._queued()
+        update.prompt_pieces = (*update.prompt_pieces, piece)
 
     def end(self, ended: engine_pb2.Ended) -> None:
         """Adds the engine's last word."""

@@ -6,22 +6,12 @@ Nothing here imports OpenTelemetry: without --otlp-endpoint there is no tracer a
 import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
 from coordinator.frontend.errors import TracingUnavailable
-from protos.lockstep.v1 import engine_pb2
+from protos.lockstep.v1 import engine_pb2, generate_pb2
 
 Metadata = Sequence[tuple[str, str | bytes]]
-
-
-@dataclass(frozen=True)
-class RequestFacts:
-    """What is known of a request once it is prepared. Token counts are of one sample's prompt."""
-
-    request_id: str
-    num_prompt_tokens: int
-    num_samples: int
 
 
 class RequestSpan(Protocol):
@@ -32,8 +22,8 @@ class RequestSpan(Protocol):
         """This span as W3C Trace Context writes it, for the client."""
         ...
 
-    def prepared(self, facts: RequestFacts) -> None:
-        """The request goes to the engine."""
+    def prepared(self, started: generate_pb2.Started, num_samples: int) -> None:
+        """The request goes to the engine; `started` is what its client will be told."""
         ...
 
     def ended(self, times: engine_pb2.RequestTimes | None, num_output_tokens: int) -> None:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from coordinator.errors import BadRequest, TextUnavailable
 from coordinator.frontend.generation_defaults import GenerationDefaults
-from coordinator.frontend.sampling_limits import (
+from coordinator.sampling_limits import (
+    BIAS_RANGE,
     MAX_BAD_WORD_CHARS,
     MAX_BAD_WORDS,
     MAX_BIASED_IDS,
@@ -163,6 +164,9 @@ def resolve_sampling(
     Range(1, MAX_SAMPLES).check("n", num_samples)
     if num_resumed_tokens and num_samples > 1:
         raise BadRequest("n", num_samples, "1 with resume_output_ids, which are of one sample")
+    if num_resumed_tokens and fields.prompt_logprobs is not None:
+        limit = "unset with resume_output_ids: they came before the first output id"
+        raise BadRequest("prompt_logprobs", fields.prompt_logprobs, limit)
     ignore_eos = bool(fields.ignore_eos)
     return SamplingParams(
         temperature=_in_range("temperature", fields.temperature, defaults.temperature),
@@ -216,13 +220,12 @@ def check_text_length(field: str, num_chars: int, limits: ModelLimits) -> None:
 
     Raises TextUnavailable without a tokenizer.
     """
-    if limits.longest_token_chars is None:
-        raise TextUnavailable("this checkpoint has no tokenizer: send token ids")
-    most = limits.max_model_len * limits.longest_token_chars
+    longest = _require_tokenizer(field, limits)
+    most = limits.max_model_len * longest
     if num_chars > most:
         limit = (
             f"at most {most} characters: {limits.max_model_len} tokens of context, "
-            f"{limits.longest_token_chars} characters in the longest token"
+            f"{longest} characters in the longest token"
         )
         raise BadRequest(field, num_chars, limit, "length of")
 
@@ -269,16 +272,30 @@ def _in_range(name: str, given: _Number | None, default: _Number) -> _Number:
     return given
 
 
+def _require_tokenizer(wanted_by: str, limits: ModelLimits) -> int:
+    """The length of the longest token; raises TextUnavailable without a tokenizer."""
+    if limits.longest_token_chars is None:
+        raise TextUnavailable(f"{wanted_by} needs a tokenizer, and this checkpoint has none")
+    return limits.longest_token_chars
+
+
+def _check_texts(
+    field: str, texts: Sequence[str], most: int, most_chars: int, least: int = 0
+) -> tuple[str, ...]:
+    """The texts without doubles, if they are as many and as long as they may be."""
+    if not least <= len(texts) <= most:
+        limit = f"{least} to {most}" if least else f"at most {most}"
+        raise BadRequest(field, len(texts), limit, "number of")
+    for index, text in enumerate(texts):
+        if not 1 <= len(text) <= most_chars:
+            raise BadRequest(f"{field}[{index}]", text, f"1 to {most_chars} characters long")
+    return tuple(dict.fromkeys(texts))
+
+
 def _stop_strings(stops: Sequence[str], limits: ModelLimits) -> tuple[str, ...]:
-    if stops and limits.longest_token_chars is None:
-        raise TextUnavailable("stop strings need a tokenizer, and this checkpoint has none")
-    if len(stops) > MAX_STOP_STRINGS:
-        raise BadRequest("stop", len(stops), f"at most {MAX_STOP_STRINGS}", "number of")
-    for index, stop in enumerate(stops):
-        if not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
-            limit = f"1 to {MAX_STOP_STRING_CHARS} characters long"
-            raise BadRequest(f"stop[{index}]", stop, limit)
-    return tuple(dict.fromkeys(stops))
+    if stops:
+        _require_tokenizer("stop", limits)
+    return _check_texts("stop", stops, MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS)
 
 
 def _logit_bias(bias: Mapping[int, float], limits: ModelLimits) -> tuple[tuple[int, float], ...]:
@@ -288,20 +305,14 @@ def _logit_bias(bias: Mapping[int, float], limits: ModelLimits) -> tuple[tuple[i
         if not 0 <= token_id < limits.vocab_size:
             limit = f"an id in the vocabulary, 0 to {limits.vocab_size - 1}"
             raise BadRequest("logit_bias", token_id, limit, "id in")
-        SAMPLING_RANGES["logit_bias"].check(f"logit_bias[{token_id}]", value)
+        BIAS_RANGE.check(f"logit_bias[{token_id}]", value)
     return tuple(sorted(bias.items()))
 
 
 def _bad_words(words: Sequence[str], limits: ModelLimits) -> tuple[str, ...]:
-    if words and limits.longest_token_chars is None:
-        raise TextUnavailable("bad words need a tokenizer, and this checkpoint has none")
-    if len(words) > MAX_BAD_WORDS:
-        raise BadRequest("bad_words", len(words), f"at most {MAX_BAD_WORDS}", "number of")
-    for index, word in enumerate(words):
-        if not 1 <= len(word) <= MAX_BAD_WORD_CHARS:
-            limit = f"1 to {MAX_BAD_WORD_CHARS} characters long"
-            raise BadRequest(f"bad_words[{index}]", word, limit)
-    return tuple(dict.fromkeys(words))
+    if words:
+        _require_tokenizer("bad_words", limits)
+    return _check_texts("bad_words", words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
 
 
 def _constraint(fields: RequestFields, limits: ModelLimits) -> Constraint | None:
@@ -309,25 +320,16 @@ def _constraint(fields: RequestFields, limits: ModelLimits) -> Constraint | None
     constraint = fields.constraint
     if constraint is None:
         return None
-    if limits.longest_token_chars is None:
-        raise TextUnavailable(f"{constraint.kind} needs a tokenizer, and this checkpoint has none")
+    _require_tokenizer(constraint.kind, limits)
     if fields.ignore_eos:
         limit = f"false with {constraint.kind}, which ends at an end-of-sequence id"
         raise BadRequest("ignore_eos", True, limit)
     if constraint.kind == "choice":
-        _check_choices(constraint.texts)
+        _check_texts("choice.choices", constraint.texts, MAX_CHOICES, MAX_CONSTRAINT_BYTES, least=1)
     size = len("".join(constraint.texts).encode())
     if size > MAX_CONSTRAINT_BYTES:
         raise BadRequest(constraint.kind, size, f"at most {MAX_CONSTRAINT_BYTES}", "bytes of")
     return constraint
-
-
-def _check_choices(choices: Sequence[str]) -> None:
-    if not 1 <= len(choices) <= MAX_CHOICES:
-        raise BadRequest("choice.choices", len(choices), f"1 to {MAX_CHOICES}", "number of")
-    for index, choice in enumerate(choices):
-        if not choice:
-            raise BadRequest(f"choice.choices[{index}]", choice, "not empty")
 
 
 def _stop_ids(

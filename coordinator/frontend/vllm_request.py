@@ -6,7 +6,7 @@ from typing import Any
 from coordinator.errors import BadRequest
 from coordinator.frontend.errors import RequestFailed
 from coordinator.frontend.request_preparer import Dialect
-from coordinator.frontend.sampling_limits import MAX_INT32
+from coordinator.sampling_limits import MAX_INT32
 from protos.lockstep.v1 import generate_pb2
 from protos.vllm_engine import vllm_engine_pb2
 

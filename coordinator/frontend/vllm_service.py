@@ -76,9 +76,8 @@ class VllmService:
                             chunk = answer.add(event)
                             if chunk is not None:
                                 await context.write(chunk)
-                    await call.wait_for_times()
-                    for complete in answer.completes(call.cached_token_count):
-                        await context.write(complete)
+            for complete in answer.completes(call.cached_token_count):
+                await context.write(complete)
         except (BadRequest, RequestFailed) as error:
             raise in_callers_words(error) from None
 

@@ -100,7 +100,7 @@ def _unknown_field(message: Message) -> tuple[str, str, str] | None:
             "unset: this server's version does not know it",
         )
     for field, value in message.ListFields():
-        # The one map of the API has numbers for values: no messages to look into.
+        # Maps in requests have numbers for values: no messages to look into.
         if field.message_type is None or field.message_type.GetOptions().map_entry:
             continue
         for inner in value if field.is_repeated else (value,):

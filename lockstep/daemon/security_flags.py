@@ -3,7 +3,7 @@
 import ipaddress
 from pathlib import Path
 
-from lockstep.daemon.flags import Flag, FlagError, on_off
+from lockstep.daemon.flags import Flag, FlagError, on_off, positive_int
 from lockstep.daemon.tls_files import TlsFiles
 
 # Of the public port: the coordinator's alone.
@@ -12,6 +12,10 @@ PUBLIC_FLAGS = (
     Flag("tls-key", str, "", "PEM private key of --tls-cert"),
     Flag("tls-client-ca", str, "", "PEM CAs; clients must show a certificate of one of them"),
     Flag("api-keys", str, "", "file of API keys, one a line: tenant and sha256:<hex of the key>"),
+)
+CONNECTION_FLAGS = (
+    Flag("max-connections", positive_int, 4096, "most connections of clients to one frontend"),
+    Flag("max-concurrent-streams", positive_int, 2048, "most open calls on one connection"),
 )
 # Between coordinator and workers: the same files may serve all daemons of a group.
 GROUP_FLAGS = (

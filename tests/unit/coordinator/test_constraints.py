@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import pytest
 
 from coordinator.constraints import Constraints
 from protos.lockstep.v1 import generate_pb2, grammar_pb2, worker_pb2
@@ -105,6 +106,27 @@ def test_a_request_is_accepted_with_its_first_mask_and_takes_a_token_a_mask() ->
         assert group.heard.tokens[1] == [7, 8, 6]
         assert group.heard.ended[1][0].finish_reason == generate_pb2.FINISH_REASON_LENGTH
         assert len(masks.tokens) == 2, "nobody waits for a mask after the last token"
+
+    run(script)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"json_schema": "{}"},
+        {"json_object": True},
+        {"choice": generate_pb2.ChoiceConstraint(choices=["a", "b"])},
+    ],
+    ids=str,
+)
+def test_a_grammar_process_is_told_the_constraint_whole(constraint: dict[str, Any]) -> None:
+    async def script(group: Harness, masks: Masks) -> None:
+        group.submit(1, [4], 1, stop_ids=[9], temperature=0.5, **constraint)
+        await masks.until(lambda: bool(masks.opened))
+        params, _ = masks.opened[1]
+        assert params == generate_pb2.SamplingParams(stop_token_ids=[9], min_tokens=0, **constraint)
+        masks.allow(1, 7)
+        await group.heard.end_of(1)
 
     run(script)
 

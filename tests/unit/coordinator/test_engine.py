@@ -148,4 +148,5 @@ def test_a_frontend_is_started_as_it_expects() -> None:
         "--max-connections": "4096",
         "--max-concurrent-streams": "2048",
         "--log-format": "text",
+        "--otlp-endpoint": "",
     }

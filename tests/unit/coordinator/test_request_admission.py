@@ -60,7 +60,7 @@ def set_ids(field: str, packed: bytes) -> Callable[[engine_pb2.Submit], Any]:
         (set_param(max_tokens=0), "max_tokens is 0"),
         (set_param(max_tokens=250), r"make 253 tokens; the context holds 252"),
         (set_param(temperature=float("nan")), "temperature is nan"),
-        (set_param(temperature=-1.0), "temperature is -1; it must be 0 to 100"),
+        (set_param(temperature=-1.0), "temperature is -1; it must be at least 0 and at most 100"),
         (set_param(top_p=-0.5), "top_p is -0.5"),
         (set_param(top_p=1.5), "top_p is 1.5"),
         (set_param(min_p=1.5), "min_p is 1.5"),

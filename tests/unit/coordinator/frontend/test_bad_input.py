@@ -113,7 +113,7 @@ BAD = {
     ),
     "empty choice": (
         request(choice=generate_pb2.ChoiceConstraint(choices=["a", ""])),
-        ["choice.choices[1]", "''", "not empty"],
+        ["choice.choices[1]", "''", "1 to 65536"],
     ),
     "endless regex": (request(regex="a", ignore_eos=True), ["ignore_eos", "True", "false"]),
     "long request id": (with_fields(request_id="r" * 257), ["request_id", "1 to 256"]),
@@ -126,6 +126,14 @@ BAD = {
             sampling_params=generate_pb2.SamplingParams(n=2),
         ),
         ["n", "2", "resume_output_ids"],
+    ),
+    "prompt_logprobs with resumed ids": (
+        generate_pb2.GenerateRequest(
+            text="hello",
+            resume_output_ids=[1],
+            sampling_params=generate_pb2.SamplingParams(prompt_logprobs=0),
+        ),
+        ["prompt_logprobs is 0", "unset", "resume_output_ids"],
     ),
     "priority": (with_fields(priority=101), ["priority", "101", "at most 100"]),
     "negative priority": (with_fields(priority=-101), ["priority", "-101", "at least -100"]),

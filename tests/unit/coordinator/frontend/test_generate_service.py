@@ -198,6 +198,35 @@ def test_a_constraint_reaches_the_engine_and_no_json_object_is_none(
     run(model, script)
 
 
+def test_pieces_of_the_prompts_log_probabilities_come_in_order_before_the_first_delta(
+    model: Path,
+) -> None:
+    async def script(served: Served) -> None:
+        call = served.stub.Generate(text_request(prompt_logprobs=0))
+        submit = await served.engine.next_submit()
+        pieces = [
+            engine_pb2.PromptPiece(
+                handle=submit.handle,
+                first_position=position,
+                token_ids=np.array([position], "<i4").tobytes(),
+                logprobs=np.array([-0.5], "<f4").tobytes(),
+            )
+            for position in (1, 2, 3)
+        ]
+        for some in (pieces[:2], pieces[2:]):
+            served.engine.send(outputs=engine_pb2.Outputs(prompt_pieces=some))
+        served.engine.send_outputs({submit.handle: [40]})
+        served.engine.end(submit.handle)
+        events = await collect(call)
+        expected = ["started", *["prompt_logprobs"] * 3, "delta", "finished"]
+        assert kinds(events) == expected
+        told = [event.prompt_logprobs for event in events[1:4]]
+        assert [piece.first_position for piece in told] == [1, 2, 3]
+        assert [list(piece.token_ids) for piece in told] == [[1], [2], [3]]
+
+    run(model, script)
+
+
 def test_bias_and_bad_words_reach_the_engine_and_the_stop_text_stays(
     model: Path, encode: Any
 ) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import resource
 import socket
 import struct
@@ -23,6 +24,7 @@ from coordinator.frontend.server import (
 )
 from tests.unit.coordinator.frontend.fake_engine import within
 
+_LIMITS = ConnectionLimits(max_connections=64, max_concurrent_streams=64)
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _SETTINGS, _PING, _GOAWAY = 0, 4, 6, 7
 _ACK = 1
@@ -31,7 +33,7 @@ _MAX_CONCURRENT_STREAMS = 3  # of SETTINGS
 
 @contextlib.asynccontextmanager
 async def _server(num_frontends: int = 1, keepalive_s: float = 20.0) -> AsyncIterator[Any]:
-    server = build_server((), HealthService(), num_frontends, keepalive_s)
+    server = build_server((), HealthService(), num_frontends, _LIMITS, keepalive_s)
     try:
         yield server
     finally:
@@ -177,8 +179,8 @@ def test_client_that_does_not_answer_pings_is_cut() -> None:
 
 
 def test_only_several_frontends_reuse_the_port() -> None:
-    assert dict(server_options(1))["grpc.so_reuseport"] == 0
-    assert dict(server_options(2))["grpc.so_reuseport"] == 1
+    assert dict(server_options(1, _LIMITS))["grpc.so_reuseport"] == 0
+    assert dict(server_options(2, _LIMITS))["grpc.so_reuseport"] == 1
 
 
 @contextlib.asynccontextmanager
@@ -190,7 +192,7 @@ async def _limited(limits: ConnectionLimits) -> AsyncIterator[int]:
 
     handler = grpc.unary_unary_rpc_method_handler(echo)
     handlers = grpc.method_handlers_generic_handler("x", {"echo": handler})
-    server = build_server((handlers,), HealthService(), 1, limits=limits)
+    server = build_server((handlers,), HealthService(), 1, limits)
     port = bind(server, "127.0.0.1", 0)
     await server.start()
     try:
@@ -209,7 +211,7 @@ async def _settings(connection: "_Http2") -> dict[int, int]:
 
 def test_a_connection_is_told_how_many_calls_it_may_have_open() -> None:
     async def main() -> None:
-        limits = ConnectionLimits(max_concurrent_streams=7)
+        limits = dataclasses.replace(_LIMITS, max_concurrent_streams=7)
         async with _limited(limits) as port, _connection(port) as connection:
             assert (await _settings(connection))[_MAX_CONCURRENT_STREAMS] == 7
 
@@ -218,7 +220,7 @@ def test_a_connection_is_told_how_many_calls_it_may_have_open() -> None:
 
 def test_connections_beyond_the_limit_are_closed_and_those_within_are_served() -> None:
     async def main() -> None:
-        limits = ConnectionLimits(max_connections=3)
+        limits = dataclasses.replace(_LIMITS, max_connections=3)
         async with _limited(limits) as port, contextlib.AsyncExitStack() as opened:
             kept = []
             for _ in range(3):
@@ -242,7 +244,7 @@ def test_what_is_too_large_is_refused_and_the_connection_goes_on(
     message: bytes, metadata: Any
 ) -> None:
     async def main() -> None:
-        async with _limited(ConnectionLimits()) as port:
+        async with _limited(_LIMITS) as port:
             options = [("grpc.enable_http_proxy", 0), ("grpc.max_send_message_length", -1)]
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
                 call = channel.unary_unary("/x/echo")

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from coordinator.frontend import health as health_module
 from coordinator.frontend import stock_services
 from coordinator.frontend.health import HealthService
-from coordinator.frontend.server import bind, build_server
+from coordinator.frontend.server import ConnectionLimits, bind, build_server
 from tests.unit.coordinator.frontend.fake_engine import open_channel, within
 
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
@@ -25,7 +25,7 @@ async def served() -> AsyncIterator[Any]:
     """A channel to a server that has nothing but its stock services."""
     handler = grpc.method_handlers_generic_handler("lockstep.v1.GenerateService", {})
     health = HealthService()
-    server = build_server((handler,), health, 1)
+    server = build_server((handler,), health, 1, ConnectionLimits(64, 64))
     port = bind(server, "127.0.0.1", 0)
     await server.start()
     try:

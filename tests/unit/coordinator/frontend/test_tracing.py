@@ -111,6 +111,7 @@ def test_a_request_is_one_span_below_the_clients_with_its_phases_as_events(model
     assert found["lockstep.request_id"] == "request-7"
     assert found["gen_ai.request.model"] == MODEL_NAME
     assert found["gen_ai.usage.input_tokens"] == 3
+    assert found["lockstep.samples"] == 1
     assert found["gen_ai.usage.output_tokens"] == 2
     assert (found["lockstep.epoch"], found["lockstep.steps"]) == (3, 4)
     assert found["rpc.grpc.status_code"] == 0

@@ -11,6 +11,7 @@ import pytest
 from coordinator.errors import BadRequest, TextUnavailable
 from coordinator.frontend.generation_defaults import GenerationDefaults
 from coordinator.frontend.validation import (
+    Constraint,
     ModelLimits,
     RequestFields,
     SamplingParams,
@@ -173,10 +174,15 @@ def test_stop_strings_have_a_number_and_a_length() -> None:
 
 def test_text_limits_need_a_tokenizer() -> None:
     ids_only = dataclasses.replace(_LIMITS, longest_token_chars=None)
-    with pytest.raises(TextUnavailable, match="stop strings"):
-        resolve_sampling(RequestFields(stop=["a"]), _DEFAULTS, ids_only, 1)
-    with pytest.raises(TextUnavailable, match="token ids"):
-        check_text("text", "a", ids_only)
+    for name, fields in (
+        ("stop", RequestFields(stop=["a"])),
+        ("bad_words", RequestFields(bad_words=["a"])),
+        ("regex", RequestFields(constraint=Constraint("regex", "a"))),
+    ):
+        with pytest.raises(TextUnavailable, match=f"^{name} needs a tokenizer"):
+            resolve_sampling(fields, _DEFAULTS, ids_only, 1)
+    with pytest.raises(TextUnavailable, match="^text needs a tokenizer"):
+        check_text("text", "hello", ids_only)
 
 
 @pytest.mark.parametrize("num_prompt_tokens", [0, 64, 65])
