@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.cli import add_record_flags, model_dir, record_folder
 from bench.kernel_cases import CaseBuilder, LayerShape, Work
 from bench.record import (
-    RESULTS,
     Case,
     Record,
     command_line,
@@ -31,7 +31,6 @@ from bench.record import (
 )
 
 _SHAPES = (("llama-3.1-8b", 1), ("llama-3.1-8b", 4), ("qwen3-0.6b", 1))
-_MODELS = Path(__file__).parent / "models"
 _ANCHOR_LIMIT_S = 120
 _REPLAY_MS = 20.0
 
@@ -60,7 +59,7 @@ def main(argv: list[str]) -> int:
     for model, tp in _SHAPES:
         if options.model not in ("all", model):
             continue
-        shape = LayerShape.of_config(_MODELS / model / "config.json", tp)
+        shape = LayerShape.of_config(model_dir(model) / "config.json", tp)
         for work in works(CaseBuilder(shape, device)):
             if options.only in work.case:
                 cases.append(_measure(work, shape, rates, options.runs))
@@ -75,7 +74,7 @@ def main(argv: list[str]) -> int:
         config=settings(options),
         cases=cases,
     )
-    report(record, options.model, None if options.dry_run else RESULTS)
+    report(record, options.model, record_folder(options))
     return 0
 
 
@@ -165,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=["all", *models], default="all")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--runs", type=int, default=5, help="timings a case, median counts")
-    parser.add_argument("--dry-run", action="store_true", help="keep no result file")
+    add_record_flags(parser)
     return parser
 
 

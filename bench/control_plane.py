@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cli import comma_separated, say
+from bench.cli import add_record_flags, comma_separated, record_folder, say
 from bench.daemons import children, cpu_seconds, scrape, start_group, total
 from bench.histogram import LogHistogram
-from bench.record import RESULTS, Case, Record, command_line, hardware, report, settings, versions
+from bench.record import Case, Record, command_line, hardware, report, settings, versions
 
 _START_LIMIT_S = 120.0
 _CLIENT_MARGIN_S = 60.0
@@ -92,8 +92,7 @@ def main(argv: list[str]) -> int:
         config=settings(options),
         cases=cases,
     )
-    folder = None if options.dry_run else options.results
-    report(record, options.model.name, folder, shown="\n".join(lines))
+    report(record, options.model.name, record_folder(options), shown="\n".join(lines))
     return 0
 
 
@@ -303,8 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--warm-up", type=float, default=5.0, help="seconds")
     parser.add_argument("--seconds", type=float, default=20.0, help="measured")
-    parser.add_argument("--dry-run", action="store_true", help="keep no file")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_record_flags(parser)
     return parser
 
 

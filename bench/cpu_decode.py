@@ -17,9 +17,8 @@ import torch
 import transformers
 import uvloop
 
-from bench.cli import say
+from bench.cli import add_record_flags, record_folder, say
 from bench.record import (
-    RESULTS,
     Case,
     Record,
     command_line,
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> int:
         config=settings(options),
         cases=measured,
     )
-    report(record, options.model.name, None if options.dry_run else RESULTS)
+    report(record, options.model.name, record_folder(options))
     return 0
 
 
@@ -162,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--dry-run", action="store_true", help="keep no file")
+    add_record_flags(parser)
     return parser
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import uvloop
 from tokenizers import Tokenizer
 
+from bench.cli import add_record_flags, record_folder
 from bench.record import (
-    RESULTS,
     Case,
     Record,
     command_line,
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> int:
         config=settings(options),
         cases=cases,
     )
-    report(record, options.model.name, None if options.dry_run else options.results)
+    report(record, options.model.name, record_folder(options))
     return 0
 
 
@@ -148,8 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--step-ms", type=float, default=2.0, help="time between two tokens")
     parser.add_argument("--seconds", type=float, default=5.0, help="measured time of each case")
-    parser.add_argument("--dry-run", action="store_true", help="keep no file")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_record_flags(parser)
     return parser
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import grpc
 import uvloop
 
-from bench.cli import say
-from bench.record import RESULTS, Case, Record, command_line, hardware, report, settings, versions
+from bench.cli import add_record_flags, record_folder, say
+from bench.record import Case, Record, command_line, hardware, report, settings, versions
 from bench.requests import random_prompt
 from bench.server_process import ServerProcess
 from protos.lockstep.v1 import generate_pb2, generate_pb2_grpc
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> int:
         config=settings(options, identical_outputs=is_same),
         cases=_cases(options, outcomes),
     )
-    report(record, options.model.name, None if options.dry_run else options.results)
+    report(record, options.model.name, record_folder(options))
     return 0 if is_same else 1
 
 
@@ -188,8 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--user-tokens", type=int, default=40)
     parser.add_argument("--output-tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry-run", action="store_true", help="keep no file")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_record_flags(parser)
     return parser
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import uvloop
 
-from bench.cli import say
+from bench.cli import add_record_flags, record_folder, say
 from bench.daemons import children, resident_bytes, scrape, start_group, total
 from bench.open_loop import Arrivals, OpenLoop, Outcomes
-from bench.record import RESULTS, Case, Record, command_line, hardware, report, settings, versions
+from bench.record import Case, Record, command_line, hardware, report, settings, versions
 
 _START_LIMIT_S = 300.0
 _IDLE_LIMIT_S = 30.0
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         config=settings(options, problems=problems),
         cases=[_case(options, *figure) for figure in figures],
     )
-    report(record, options.model.name, None if options.dry_run else options.results)
+    report(record, options.model.name, record_folder(options))
     return 1 if problems else 0
 
 
@@ -252,8 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--search-seconds", type=float, default=10.0)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--deadline", type=float, default=60.0, help="of each call, seconds")
-    parser.add_argument("--dry-run", action="store_true", help="keep no file")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_record_flags(parser)
     return parser
 
 

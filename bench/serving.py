@@ -15,10 +15,9 @@ import uvloop
 
 from bench import cases
 from bench.cases import Subject
-from bench.cli import comma_separated, say
+from bench.cli import add_record_flags, comma_separated, model_dir, record_folder, say
 from bench.peer import PEER_GPU
 from bench.record import (
-    RESULTS,
     Case,
     Record,
     command_line,
@@ -30,13 +29,11 @@ from bench.record import (
 from bench.requests import Client
 from bench.server_process import ServerProcess
 
-MODELS = Path(__file__).parent / "models"
-
 
 def main(argv: list[str]) -> int:
     """Parses, measures, reports; returns the exit code."""
     options = _parser().parse_args(argv)
-    model_dir = MODELS / options.model if (MODELS / options.model).is_dir() else Path(options.model)
+    folder = model_dir(options.model)
     anchor = json.loads(
         subprocess.run(
             [sys.executable, "-m", "bench.anchor"],
@@ -47,14 +44,14 @@ def main(argv: list[str]) -> int:
         ).stdout
     )
     flags = [
-        *("--model", str(model_dir), "--tp", str(options.tp), "--load-format", options.load_format),
+        *("--model", str(folder), "--tp", str(options.tp), "--load-format", options.load_format),
         *("--max-model-len", str(options.max_model_len), "--max-num-seqs", "256"),
         *("--dtype", options.dtype, *shlex.split(options.server_flags)),
     ]
     with ServerProcess(flags, options.start_limit) as server:
         say(f"server ready at {server.address} after {server.start_seconds:.1f} s")
         measured = uvloop.run(
-            _measure(options, model_dir, server.address, anchor["anchor"]["mv_tb_s"])
+            _measure(options, folder, server.address, anchor["anchor"]["mv_tb_s"])
         )
     record = Record(
         bench="serving",
@@ -66,18 +63,18 @@ def main(argv: list[str]) -> int:
         config=settings(options, startup_s=round(server.start_seconds, 2)),
         cases=measured,
     )
-    report(record, f"{model_dir.name}-tp{options.tp}", None if options.dry_run else options.results)
+    report(record, f"{folder.name}-tp{options.tp}", record_folder(options))
     return 0
 
 
 async def _measure(
-    options: argparse.Namespace, model_dir: Path, address: str, read_tb_s: float | None
+    options: argparse.Namespace, folder: Path, address: str, read_tb_s: float | None
 ) -> list[Case]:
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     client = Client(address)
     subject = Subject(
         client=client,
-        model=model_dir.name,
+        model=folder.name,
         tp=options.tp,
         dtype=options.dtype,
         vocab_size=config["vocab_size"],
@@ -135,8 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--start-limit", type=float, default=300.0, help="seconds to become ready")
     parser.add_argument("--seed", type=int, default=None, help="of the random prompts")
     parser.add_argument("--quick", action="store_true", help="one repeat a case")
-    parser.add_argument("--dry-run", action="store_true", help="keep no file")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_record_flags(parser)
     return parser
 
 

@@ -22,13 +22,12 @@ from typing import Any
 
 import grpc
 
-from bench.cli import comma_separated
+from bench.cli import add_record_flags, comma_separated, model_dir, record_folder
 from bench.daemons import start_group
-from bench.record import RESULTS, Case, Record, command_line, hardware, report, settings, versions
+from bench.record import Case, Record, command_line, hardware, report, settings, versions
 from bench.requests import Request, random_prompt, request_message
 from protos.lockstep.v1 import generate_pb2_grpc
 
-_MODELS = Path(__file__).parent / "models"
 _START_LIMIT_S = 300.0
 _TRACE_LIMIT_S = 120.0
 _WARM_UP_S = 2.0
@@ -61,7 +60,7 @@ class StepTrace:
 def main(argv: list[str]) -> int:
     """Parses, records, reports; returns the exit code."""
     options = _parser().parse_args(argv)
-    model = _MODELS / options.model if (_MODELS / options.model).is_dir() else Path(options.model)
+    model = model_dir(options.model)
     vocab_size = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     max_tokens = options.max_model_len - _PROMPT_TOKENS
     generator = random.Random(0)
@@ -89,7 +88,7 @@ def main(argv: list[str]) -> int:
         config=settings(options),
         cases=cases,
     )
-    results = None if options.dry_run else options.results
+    results = record_folder(options)
     report(record, f"{model.name}-tp{options.tp}", results, shown="\n".join(lines))
     return 0
 
@@ -222,8 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-sizes", type=comma_separated(int), default=[1, 64, 256])
     parser.add_argument("--max-model-len", type=int, default=10240)
     parser.add_argument("--seconds", type=float, default=1.2, help="recorded, per batch size")
-    parser.add_argument("--dry-run", action="store_true", help="keep no file")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_record_flags(parser)
     return parser
 
 
