@@ -23,8 +23,10 @@ on by itself, and calls of any kind and size may follow each other. Each call le
 its sequence in `ring` (record_kernels).
 
 **Not too many at once.** All programs of a call poll. On two H100, 2,048 programs of 4 warps,
-which all fit the device, now and then never saw their data arrive; 1,024 always did. So a call has
-at most half of the warps that a multiprocessor holds, and larger messages go another way.
+which all fit the device, now and then never saw their data arrive; 1,024 always did. (A warp that
+was late could then read the state of the next call, which is mended and may have been the cause.)
+So a call has at most half of the warps that a multiprocessor holds, and larger messages go another
+way.
 
 Layout of a rank's staging memory: 3 buffers of `world_size` rows of `slot_bytes`; row r holds
 what rank r sent.
