@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 # Most that pacing adds to a token's way to its client.
-_MAX_CYCLE_S = 0.008
+_MAX_CYCLE_S = 0.016
 _CYCLE_PER_WORK = 2.0
 
 
