@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test test-gpu test-apt test-http soak lint type protos protos-check bench clean
+.PHONY: help setup demo serve test test-gpu test-apt test-http soak lint type protos protos-check bench bench-record clean
 
 SETUP ?= 1
 ifeq ($(SETUP),0)
@@ -74,6 +74,9 @@ protos-check: setup ## Fail if the generated code differs from what the .proto f
 
 bench: setup ## Benchmarks: ARGS="serving --model ..." (see `lockstep bench --help`)
 	@$(PY) -m lockstep bench $${ARGS:-}
+
+bench-record: setup ## All figures of TP=n ranks, within 12 minutes, into bench/results (needs n GPUs)
+	@$(PY) -m lockstep bench record --tp "$${TP:-1}" $${ARGS:-}
 
 clean: ## Remove caches and build outputs, not .venv
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

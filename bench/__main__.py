@@ -8,6 +8,7 @@ import sys
 # Name -> (module with main(argv) -> exit code, what it measures).
 _BENCHES = {
     "serving": ("bench.serving", "a server through its public API, case by case"),
+    "record": ("bench.record_run", "every figure of a TP degree, in one go (needs GPUs)"),
     "cpu": ("bench.cpu_decode", "decoding on CPU against transformers' generate"),
     "multi-turn": ("bench.multi_turn", "what the prefix cache saves in conversations"),
     "overload": ("bench.overload", "ten times more than the server can take"),

@@ -25,6 +25,7 @@ class ServerProcess:
         self._flags = flags
         self._start_limit_s = start_limit_s
         self.address = ""
+        self.metrics = ""
         self.start_seconds = 0.0
 
     def __enter__(self) -> Self:
@@ -43,7 +44,8 @@ class ServerProcess:
                         f" (exit code {self._process.returncode})"
                     )
                 time.sleep(0.05)
-            self.address = json.loads(ready.read_text(encoding="utf-8"))["grpc"]
+            said = json.loads(ready.read_text(encoding="utf-8"))
+            self.address, self.metrics = said["grpc"], said["metrics"]
         self.start_seconds = time.monotonic() - started
         return self
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import uvloop
 from bench import cases
 from bench.cases import Subject
 from bench.cli import add_record_flags, comma_separated, model_dir, record_folder, say
+from bench.daemons import scrape
 from bench.peer import PEER_GPU
 from bench.record import (
     Case,
@@ -50,6 +52,8 @@ def main(argv: list[str]) -> int:
     ]
     with ServerProcess(flags, options.start_limit) as server:
         say(f"server ready at {server.address} after {server.start_seconds:.1f} s")
+        phases = startup_phases(scrape(server.metrics))
+        say(f"of that, in seconds: {phases}")
         measured = uvloop.run(
             _measure(options, folder, server.address, anchor["anchor"]["mv_tb_s"])
         )
@@ -60,11 +64,18 @@ def main(argv: list[str]) -> int:
         hardware=hardware(),
         versions=versions(anchor["facts"]),
         anchor=anchor["anchor"],
-        config=settings(options, startup_s=round(server.start_seconds, 2)),
+        config=settings(options, startup_s=round(server.start_seconds, 2), startup_phases_s=phases),
         cases=measured,
     )
     report(record, f"{folder.name}-tp{options.tp}", record_folder(options))
     return 0
+
+
+def startup_phases(samples: dict[str, float]) -> dict[str, float]:
+    """Seconds by phase, of the coordinator's metrics."""
+    pattern = re.compile(r'lockstep_startup_seconds\{.*phase="(\w+)"')
+    found = ((pattern.match(name), value) for name, value in samples.items())
+    return {match[1]: round(value, 2) for match, value in found if match}
 
 
 async def _measure(
