@@ -137,7 +137,7 @@ async def _measure(
     try:
         await runs.run(options.first_rate, options.search_seconds)  # the server learns its times
         rate, full = await runs.sustainable()
-        normal = await runs.run(0.8 * rate, options.seconds)
+        normal = await runs.run(0.8 * rate, options.normal_seconds)
         before = served.resident()
         flooded = await runs.run(10 * rate, options.seconds)
     finally:
@@ -251,6 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--first-rate", type=float, default=0.5, help="requests a second")
     parser.add_argument("--search-seconds", type=float, default=10.0)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument(
+        "--normal-seconds", type=float, default=120.0, help="at 0.8 load: few come, p99 wants many"
+    )
     parser.add_argument("--deadline", type=float, default=60.0, help="of each call, seconds")
     add_record_flags(parser)
     return parser
