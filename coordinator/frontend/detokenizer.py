@@ -40,6 +40,17 @@ class IncrementalDetokenizer:
                 self._settled_texts[token_id] = text
         return text
 
+    def settled(self, ids: Iterable[int]) -> str | None:
+        """The same for ids whose texts are known to depend on no other id; None, and nothing is
+        taken, if one is not."""
+        if self.pending or not self._is_memoryless:
+            return None
+        texts = self._settled_texts
+        try:
+            return "".join([texts[token_id] for token_id in ids])
+        except KeyError:
+            return None
+
     def flush(self) -> str:
         """Returns what is held, incomplete characters replaced by U+FFFD; ends the request."""
         pieces: list[str] = []

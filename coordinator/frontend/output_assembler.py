@@ -60,6 +60,7 @@ class OutputAssembler:
             else None
         )
         self._matcher = StopMatcher(stops, include_stop)
+        self._has_stops = bool(stops)
         self._stop_ids = frozenset(stop_ids)
         self._min_tokens = min_tokens
         self._ids_through_stop = ids_through_stop
@@ -83,7 +84,7 @@ class OutputAssembler:
         """Ids released so far, resumed ones included: what is billed."""
         self._resume(resume_output_ids)
 
-    def push(self, ids: Iterable[int], finished: bool) -> Delta:
+    def push(self, ids: Sequence[int], finished: bool) -> Delta:
         """Takes the next output ids; `finished` says that none follow. Returns what to send.
 
         After a stop string matched, everything is dropped: the engine learns of it late.
@@ -91,11 +92,34 @@ class OutputAssembler:
         if self.matched_stop is not None:
             return Delta("", ())
         assert not self._is_finished, "push after finished"
+        if not finished:
+            text = self._settled_text(ids)
+            if text is not None:
+                return self._pass_on(text, ids)
         self._is_finished = finished
         self._take(ids)
         if finished and self.matched_stop is None:
             self._end()
         return self._release()
+
+    def _settled_text(self, ids: Sequence[int]) -> str | None:
+        """Text of ids that can go out at once, as most can; None where one must be looked at.
+
+        Without stop strings nothing but an unfinished character holds text back.
+        """
+        if self._detokenizer is None or self._has_stops:
+            return None
+        return self._detokenizer.settled(ids) if self._stop_ids.isdisjoint(ids) else None
+
+    def _pass_on(self, text: str, ids: Sequence[int]) -> Delta:
+        """Nothing was held, and nothing is now."""
+        num_chars = len(text)
+        self._num_pushed += len(ids)
+        self._num_detokenised += num_chars
+        self._num_certain += num_chars
+        self._num_released += num_chars
+        self.num_output_tokens += len(ids)
+        return Delta(text, tuple(ids))
 
     def _resume(self, ids: Sequence[int]) -> None:
         self._take(ids)

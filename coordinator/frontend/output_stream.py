@@ -37,8 +37,9 @@ class OutputStream:
         delta = generate_pb2.Delta(
             text=released.text, token_ids=released.token_ids, sample_index=self._sample_index
         )
-        num_entries = min(len(released.token_ids), len(self._held_logprobs))
-        delta.logprobs.extend(self._held_logprobs.popleft() for _ in range(num_entries))
+        if self._held_logprobs:
+            num_entries = min(len(released.token_ids), len(self._held_logprobs))
+            delta.logprobs.extend(self._held_logprobs.popleft() for _ in range(num_entries))
         return delta
 
     def finished(self, ended: engine_pb2.Ended | None) -> generate_pb2.Finished:

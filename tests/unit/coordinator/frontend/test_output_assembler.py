@@ -59,6 +59,24 @@ _STOPS = st.lists(st.text("he wlus", min_size=1, max_size=3), max_size=2)
 
 @pytest.mark.parametrize("kind", _KINDS)
 @given(data=st.data())
+@settings(max_examples=60)
+def test_ids_that_pass_at_once_give_what_a_look_at_each_gives(
+    kind: str, data: st.DataObject
+) -> None:
+    batches = _draw_batches(data, kind)
+    resumed = data.draw(st.sampled_from([[], batches[0]]))
+    stop_ids = data.draw(st.sampled_from([(), batches[0][:1]]))
+    usual, careful = (
+        OutputAssembler(_tokenizer(kind), stop_ids=stop_ids, resume_output_ids=resumed)
+        for _ in range(2)
+    )
+    careful._settled_text = lambda ids: None  # type: ignore[method-assign]
+    assert _run(usual, batches) == _run(careful, batches)
+    assert usual.num_output_tokens == careful.num_output_tokens
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+@given(data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_deltas_join_to_all_ids_and_all_text(kind: str, data: st.DataObject) -> None:
     batches = _draw_batches(data, kind)
