@@ -209,10 +209,6 @@ class Batch:
         taken, self._num_preemptions = self._num_preemptions, 0
         return taken
 
-    def distrust(self, request: Request) -> None:
-        """A request's logits were not finite: nobody is to share what it has computed."""
-        self.prefix_cache.distrust(request)
-
     def check(self) -> None:
         """Audits blocks, slots and rows against each other; AssertionError says what is wrong."""
         self.allocator.check(request.block_ids for request in self._active.values())

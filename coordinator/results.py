@@ -77,7 +77,7 @@ def apply_result(
         if token_id < 0 and not flags and request.constraint is not None:
             continue  # it waits for its next mask
         if token_id < 0 or flags & _FLAG_NOT_FINITE:
-            batch.distrust(request)
+            batch.prefix_cache.distrust(request)  # nobody is to share what it has computed
             _end_without_token(request, flags, result.step, book)
             continue
         if request.last_token_time:

@@ -85,7 +85,7 @@ def apply(batch: Batch, result: worker_pb2.StepResult) -> None:
         if request.is_finished:
             continue
         if flags & FLAG_NOT_FINITE:
-            batch.distrust(request)
+            batch.prefix_cache.distrust(request)
             batch.finish(request)
             continue
         if token_id < 0:

@@ -26,7 +26,7 @@ MAX_FUNCTION_LINES = 70  # docstring not counted; kernels, which cannot be cut, 
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc", "manager"}
 TARGETS = (
     *("help", "setup", "demo", "serve", "test", "test-gpu", "test-apt", "test-http", "soak"),
-    *("lint", "type", "protos", "protos-check", "bench", "clean"),
+    *("lint", "type", "protos", "protos-check", "bench", "bench-record", "clean"),
 )
 
 
