@@ -27,6 +27,7 @@ T = TypeVar("T")
 Context: TypeAlias = Any  # grpc.aio.ServicerContext; grpc carries no types
 _DRAIN_LIMIT_S = 1.5
 _LAST_WORDS_LIMIT_S = 1.0
+_RESET_LIMIT_S = 2.5  # with _DRAIN_LIMIT_S less than a coordinator waits for Hello
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
@@ -77,7 +78,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         if request.epoch <= last_epoch:
             await _refuse(context, f"epoch {request.epoch} is not above {last_epoch}")
         self._greeting, self._epoch_before, self._epoch = request, last_epoch, request.epoch
-        await self._leave_epoch()
+        await self._leave_epoch(context)
         self._rank.rank, self._rank.world_size = request.rank, request.world_size
         self._metrics.set_rank(request.rank)
         self._metrics.set_phase(self._rank.phase)
@@ -245,12 +246,22 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         if epoch != self._epoch:
             await _refuse(context, f"call of epoch {epoch}, this worker is in {self._epoch}")
 
-    async def _leave_epoch(self) -> None:
-        """Drops what an earlier epoch left, but for the weights."""
+    async def _leave_epoch(self, context: Context) -> None:
+        """Drops what an earlier epoch left, but for the weights.
+
+        Ends the worker, to be started again, if that takes long: gloo waits out its own limit for a
+        peer whose end it has not heard of.
+        """
         if self._rank.is_joined:
             await self._abandon()
             self._stream = None  # it holds the graphs, which must go before the communicator
-            await self._device_thread.run(self._rank.reset)
+            reset = asyncio.wrap_future(self._device_thread.submit(self._rank.reset))
+            done, _ = await asyncio.wait([reset], timeout=_RESET_LIMIT_S)
+            if not done:
+                reason = "the communicator of the last epoch does not close"
+                self._on_shutdown(reason)
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{reason}: this worker ends")
+            reset.result()
         self._stream = None
         self._last_error = ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from protos.lockstep.v1 import worker_pb2, worker_pb2_grpc
 from protos.lockstep.v1.worker_pb2 import ExecuteRequest, ExecuteResponse, StepCommand, TableDelta
 from tests.helpers import command_fuzz
 from tests.helpers.command_maker import CommandMaker
+from worker import service
 from worker.metrics import WorkerMetrics
 from worker.service import WorkerService
 from worker.simulated.config import simulated_config
@@ -43,6 +45,7 @@ class Served:
 
     channel: grpc.aio.Channel
     stub: Any
+    ended: list[str]  # why the service wanted the process to end
     rank: int = 0
     epoch: int = 0
 
@@ -105,16 +108,17 @@ async def served(folder: Path, *flags: str) -> AsyncIterator[Served]:
     base = ("--model", str(folder), "--step-ms", "0", "--prefill-us", "0")
     rank = SimulatedRank(simulated_config([*base, *flags], {}))
     with WorkerMetrics("simulated", "127.0.0.1", 0) as metrics:
-        service = WorkerService(rank, _DIGEST, metrics, lambda reason: None)
+        ended: list[str] = []
+        servicer = WorkerService(rank, _DIGEST, metrics, ended.append)
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                yield Served(channel, worker_pb2_grpc.WorkerServiceStub(channel))
+                yield Served(channel, worker_pb2_grpc.WorkerServiceStub(channel), ended)
         finally:
-            service.close()
+            servicer.close()
             await server.stop(grace=None)
 
 
@@ -144,6 +148,28 @@ def test_a_hello_may_be_repeated_until_a_phase_follows_and_no_other_of_its_epoch
             load = worker_pb2.LoadRequest(epoch=2, config=_CONFIG)
             await worker.stub.Load(load, timeout=_LIMIT_S)
             await refused(worker.hello(2))
+
+    asyncio.run(drive())
+
+
+def test_a_worker_whose_last_communicator_does_not_close_ends_to_be_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_closed = threading.Event()
+    monkeypatch.setattr(service, "_RESET_LIMIT_S", 0.05)
+    monkeypatch.setattr(SimulatedRank, "reset", lambda self: is_closed.wait(_LIMIT_S))
+
+    async def drive() -> None:
+        async with served(tmp_path) as worker:
+            await worker.new_epoch()
+            try:
+                with pytest.raises(grpc.aio.AioRpcError, match="this worker ends") as refused:
+                    await worker.stub.Hello(worker.hello(2), timeout=_LIMIT_S)
+            finally:
+                is_closed.set()
+            # What the coordinator dials again after.
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert worker.ended == ["the communicator of the last epoch does not close"]
 
     asyncio.run(drive())
 
