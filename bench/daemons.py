@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _STOP_LIMIT_S = 15.0
 _SCRAPE_LIMIT_S = 10.0
@@ -57,13 +57,17 @@ class Daemon:
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(timeout=_STOP_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(timeout=_STOP_LIMIT_S)
+        end_process(self._process, _STOP_LIMIT_S)
+
+
+def end_process(process: subprocess.Popen[Any], limit_s: float) -> None:
+    """Asks it to end, and kills it if it has not within the limit; nothing if it has ended."""
+    process.terminate()
+    try:
+        process.wait(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(timeout=limit_s)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.cli import add_record_flags, comma_separated, say
+from bench.daemons import end_process
 
 _ROOT = Path(__file__).resolve().parents[1]
 _STOP_S = 20.0
@@ -105,12 +106,7 @@ def _run(command: Sequence[str], limit_s: float) -> str:
     try:
         return "failed" if process.wait(timeout=limit_s) else "ok"
     except subprocess.TimeoutExpired:
-        process.terminate()
-        try:
-            process.wait(timeout=_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_process(process, _STOP_S)
         return "out of time"
 
 

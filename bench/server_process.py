@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from bench.daemons import end_process
 
 _STOP_LIMIT_S = 30.0
 
@@ -58,10 +59,4 @@ class ServerProcess:
         self._stop()
 
     def _stop(self) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(timeout=_STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait(timeout=_STOP_LIMIT_S)
+        end_process(self._process, _STOP_LIMIT_S)
