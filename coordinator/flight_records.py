@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import grpc
 
@@ -14,18 +13,6 @@ from protos.lockstep.v1 import worker_pb2
 
 _TIMEOUT_S = 1.5  # a worker itself gives its device one second
 _MUTE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-
-
-@dataclass(frozen=True, slots=True)
-class IssuedCall:
-    """One collective of a rank, as stall_report wants it."""
-
-    sequence: int
-    operation: str
-    path: str
-    num_bytes: int
-    begun_ns: int
-    ended_ns: int
 
 
 async def collect_records(workers: Sequence[WorkerClient]) -> list[RankRecord]:
@@ -42,15 +29,4 @@ async def _ask(worker: WorkerClient) -> RankRecord:
         # Of a process that is gone or hangs the details are grpc's, about sockets.
         is_mute = error.code() in _MUTE
         return RankRecord(absent=error.code().name if is_mute else f"{error.details()}")
-    return RankRecord([_call(each) for each in answer.collectives], answer.now_nanos)
-
-
-def _call(record: worker_pb2.CollectiveRecord) -> IssuedCall:
-    return IssuedCall(
-        record.sequence,
-        record.operation,
-        record.path,
-        record.byte_count,
-        record.begun_nanos,
-        record.ended_nanos,
-    )
+    return RankRecord(answer.collectives, answer.now_nanos)

@@ -9,27 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+
+from protos.lockstep.v1.worker_pb2 import CollectiveRecord
 
 _NUM_SHOWN = 8
 SEQUENCE_WRAP = 3 << 29  # tpcomm's: sequences begin anew there
-
-
-class Collective(Protocol):
-    """One call of a rank; `ended_ns` 0 while it waits."""
-
-    @property
-    def sequence(self) -> int: ...
-    @property
-    def operation(self) -> str: ...
-    @property
-    def path(self) -> str: ...
-    @property
-    def num_bytes(self) -> int: ...
-    @property
-    def begun_ns(self) -> int: ...
-    @property
-    def ended_ns(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +23,7 @@ class RankRecord:
     absent: why it gave nothing; the rest is unused then.
     """
 
-    calls: Sequence[Collective] = ()
+    calls: Sequence[CollectiveRecord] = ()
     now_ns: int = 0
     absent: str = ""
 
@@ -62,7 +46,7 @@ def report_stall(records: Sequence[RankRecord]) -> StallReport:
     """Of all ranks' records, in rank order."""
     last = {rank: record.calls[-1] for rank, record in enumerate(records) if record.calls}
     table = [_table_line(rank, record) for rank, record in enumerate(records)]
-    is_waiting = any(not call.ended_ns for call in last.values())
+    is_waiting = any(not call.ended_nanos for call in last.values())
     differing = _first_difference(records)
     line, behind = (differing, ()) if differing else _find(records, last)
     return StallReport(line, table, behind, is_waiting or bool(differing))
@@ -84,10 +68,10 @@ def steps_ahead(sequence: int, other: int) -> int:
 
 
 def _find(
-    records: Sequence[RankRecord], last: Mapping[int, Collective]
+    records: Sequence[RankRecord], last: Mapping[int, CollectiveRecord]
 ) -> tuple[str, Sequence[int]]:
     silent = [rank for rank, record in enumerate(records) if record.absent]
-    waiting = [rank for rank, call in last.items() if not call.ended_ns]
+    waiting = [rank for rank, call in last.items() if not call.ended_nanos]
     if silent:
         return _silent_ranks(records, last, silent, waiting), silent
     if not last:
@@ -122,8 +106,8 @@ def _find(
 
 def _first_difference(records: Sequence[RankRecord]) -> str:
     """The earliest call that ranks issued differently, which is a bug; empty if there is none."""
-    issued: dict[int, tuple[int, Collective]] = {}
-    differing: list[tuple[Collective, str]] = []
+    issued: dict[int, tuple[int, CollectiveRecord]] = {}
+    differing: list[tuple[CollectiveRecord, str]] = []
     for rank, record in enumerate(records):
         for call in record.calls:
             first_rank, first = issued.setdefault(call.sequence, (rank, call))
@@ -139,7 +123,7 @@ def _first_difference(records: Sequence[RankRecord]) -> str:
 
 def _silent_ranks(
     records: Sequence[RankRecord],
-    last: Mapping[int, Collective],
+    last: Mapping[int, CollectiveRecord],
     silent: Sequence[int],
     waiting: Sequence[int],
 ) -> str:
@@ -153,8 +137,8 @@ def _silent_ranks(
 
 def _late_ranks(
     records: Sequence[RankRecord],
-    last: Mapping[int, Collective],
-    front: Collective,
+    last: Mapping[int, CollectiveRecord],
+    front: CollectiveRecord,
     behind: Sequence[int],
     waiting: Sequence[int],
 ) -> str:
@@ -169,29 +153,29 @@ def _late_ranks(
     return f"{text}; its last is {_name(before)}, {_state(before, records[behind[0]].now_ns)}"
 
 
-def _furthest(calls: Sequence[Collective]) -> Collective:
+def _furthest(calls: Sequence[CollectiveRecord]) -> CollectiveRecord:
     start = calls[0].sequence
     return max(calls, key=lambda call: steps_ahead(call.sequence, start))
 
 
 def _waited(
-    records: Sequence[RankRecord], last: Mapping[int, Collective], ranks: Sequence[int]
+    records: Sequence[RankRecord], last: Mapping[int, CollectiveRecord], ranks: Sequence[int]
 ) -> str:
-    longest = max(records[rank].now_ns - last[rank].begun_ns for rank in ranks)
+    longest = max(records[rank].now_ns - last[rank].begun_nanos for rank in ranks)
     return f"{longest / 1e9:.1f} s"
 
 
-def _state(call: Collective, now_ns: int) -> str:
-    if call.ended_ns:
-        return f"ended {(now_ns - call.ended_ns) / 1e9:.1f} s ago"
-    return f"waiting for {(now_ns - call.begun_ns) / 1e9:.1f} s"
+def _state(call: CollectiveRecord, now_ns: int) -> str:
+    if call.ended_nanos:
+        return f"ended {(now_ns - call.ended_nanos) / 1e9:.1f} s ago"
+    return f"waiting for {(now_ns - call.begun_nanos) / 1e9:.1f} s"
 
 
-def _what(call: Collective) -> str:
-    return f"{call.operation} of {call.num_bytes} bytes by {call.path}"
+def _what(call: CollectiveRecord) -> str:
+    return f"{call.operation} of {call.byte_count} bytes by {call.path}"
 
 
-def _name(call: Collective) -> str:
+def _name(call: CollectiveRecord) -> str:
     return f"call {call.sequence}, {_what(call)}"
 
 

@@ -11,8 +11,10 @@ from coordinator.stall_report import RankRecord, report_stall
 from tests.gpu import nccl_cases
 from tests.unit.tpcomm.collective_suite import CollectiveSuite, World, make_world
 from tests.unit.tpcomm.rank_pool import RankPool
+from tpcomm import Recorded
 from tpcomm.size_table import ADD_RMS_NORM, ALL_GATHER, ALL_REDUCE, NCCL, SEPARATE
 from tpcomm.staged_ways import STAGED_WAYS
+from worker.record_message import recorded_message
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,7 +98,8 @@ def test_absent_rank_is_named_by_the_records_of_a_stuck_replay(num_elements: int
     finally:
         pool.close()
     assert [freed for *_, freed in dumps] == [True, True]
-    found = report_stall([RankRecord(records, now_ns) for records, now_ns, _ in dumps])
+    messages = [(recorded_message(Recorded(calls)), now_ns) for calls, now_ns, _ in dumps]
+    found = report_stall([RankRecord(said.collectives, now_ns) for said, now_ns in messages])
     assert found.behind == [1], found
     waited = dumps[0][0][-1]
     assert (waited.operation, waited.num_bytes) == ("all_reduce", 2 * num_elements)
