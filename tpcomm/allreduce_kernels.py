@@ -35,7 +35,7 @@ from tpcomm.record_kernels import record_begin, record_end
 from tpcomm.records import ALL_REDUCE_MAX
 from tpcomm.size_table import ALL_REDUCE, ONE_SHOT, TWO_SHOT
 from tpcomm.staging_tables import CHUNK_BYTES, NUM_WARPS, StagingTables, vector_width
-from tpcomm.triton_language import Launch, jit, tl
+from tpcomm.triton_language import Launch, after_previous, jit, tl
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _WORD_TYPES = {4: "int32", 2: "int16"}
@@ -59,6 +59,7 @@ def tpcomm_one_shot_all_reduce(
     IS_MAX: tl.constexpr,
     WORD: tl.constexpr,
 ):
+    after_previous()
     program = tl.program_id(0)
     dtype = tensor_ptr.dtype.element_ty
     offsets = program * CHUNK + tl.arange(0, CHUNK)
@@ -73,9 +74,9 @@ def tpcomm_one_shot_all_reduce(
         send(word_row(base, place, RANK, SLOT_BYTES, WORD) + offsets, own_words, mask)
     word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
     num_bytes = num_vectors * (VECTOR * word_bytes)
-    begun = record_begin(ring_ptr, state, num_bytes, CODE)
     wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
     end_call(state_ptr, state, num_bytes, NUM_STATES, CHUNK)
+    begun = record_begin(ring_ptr, state, num_bytes, CODE)
     total = receive_sum(
         word_row(own_base, place, 0, SLOT_BYTES, WORD),
         offsets,
@@ -110,6 +111,7 @@ def tpcomm_one_shot_integer_all_reduce(
     IS_MAX: tl.constexpr,
     HALVES: tl.constexpr,
 ):
+    after_previous()
     # An element goes as HALVES words of 32 bits, each in 64: a program's low halves, then its high.
     program = tl.program_id(0)
     dtype = tensor_ptr.dtype.element_ty
@@ -125,10 +127,10 @@ def tpcomm_one_shot_integer_all_reduce(
         send(row, values & 0xFFFFFFFF, mask)
         if HALVES == 2:
             send(row + CHUNK, (values >> 32) & 0xFFFFFFFF, mask)
-    begun = record_begin(ring_ptr, state, num_elements * (HALVES * 4), CODE)
     wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK)
     used = tl.num_programs(0) * (CHUNK * HALVES * 8)
     end_call(state_ptr, state, used, NUM_STATES, CHUNK)
+    begun = record_begin(ring_ptr, state, num_elements * (HALVES * 4), CODE)
     for peer in tl.static_range(WORLD_SIZE):
         row = word_row(own_base, place, peer, SLOT_BYTES, tl.int64) + wire
         arrives = mask & (peer != RANK)
@@ -168,6 +170,7 @@ def tpcomm_two_shot_all_reduce(
     IS_MAX: tl.constexpr,
     WORD: tl.constexpr,
 ):
+    after_previous()
     # Rows hold what is to be combined, then from `results` on what has been.
     program = tl.program_id(0)
     dtype = tensor_ptr.dtype.element_ty
@@ -192,9 +195,9 @@ def tpcomm_two_shot_all_reduce(
     own_words = float_words(tl.load(tensor_ptr + own_index, mask=mask, other=0.0), WORD)
     word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
     row_words: tl.constexpr = SLOT_BYTES // word_bytes
-    begun = record_begin(ring_ptr, state, num_vectors * (VECTOR * word_bytes), CODE)
     wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
     end_call(state_ptr, state, results * (2 * word_bytes), NUM_STATES, CHUNK)
+    begun = record_begin(ring_ptr, state, num_vectors * (VECTOR * word_bytes), CODE)
     first_row = word_row(own_base, place, 0, SLOT_BYTES, WORD)
     total = receive_sum(
         first_row, offsets, own_words, mask, RANK, abort_ptr, row_words, WORLD_SIZE, dtype,

@@ -19,7 +19,7 @@ from tpcomm.staging_tables import (
     StagingTables,
     vector_width,
 )
-from tpcomm.triton_language import Launch, jit, tl
+from tpcomm.triton_language import Launch, after_previous, jit, tl
 
 _WORD_BYTES = 2
 
@@ -42,6 +42,7 @@ def tpcomm_all_gather(
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    after_previous()
     offsets = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     mask = offsets // VECTOR < num_vectors
     byte_pointer = tl.pointer_type(tl.uint8)
@@ -55,9 +56,9 @@ def tpcomm_all_gather(
         base = tl.load(bases_ptr + (RANK + step) % WORLD_SIZE)
         send(word_row(base, place, RANK, SLOT_BYTES, tl.int16) + offsets, own_words, mask)
     num_bytes = num_vectors * VECTOR
-    begun = record_begin(ring_ptr, state, num_bytes, CODE)
     wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK // 4)
     end_call(state_ptr, state, num_bytes * 2, NUM_STATES, CHUNK)
+    begun = record_begin(ring_ptr, state, num_bytes, CODE)
 
     tl.store(target_ptr + RANK * num_bytes + offsets, own_words.to(tl.uint8), mask=mask)
     peers = tl.arange(0, PADDED_WORLD)[:, None]

@@ -97,38 +97,52 @@ def float_words(values, WORD: tl.constexpr):
 
 
 @device_function
+def look(
+    row_of_rank_0, offsets, own_words, mask, RANK: tl.constexpr, ROW_WORDS: tl.constexpr,
+    WORLD_SIZE: tl.constexpr, DTYPE: tl.constexpr, IS_MAX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One look at all peers' rows: (total, where something is missing).
+
+    The total combines them with our own in rank order, in float32: the same additions in the same
+    order on every rank, so the same bits. Where something is missing it is NaN, which all ones are.
+    """
+    arrived = ()
+    for peer in tl.static_range(WORLD_SIZE):  # all on their way before one is looked at
+        if peer == RANK:
+            words = own_words
+        else:
+            row = row_of_rank_0 + peer * ROW_WORDS + offsets
+            words = tl.load(row, mask=mask, other=0, volatile=True)
+        arrived = arrived + (words,)
+    missing = tl.zeros([BLOCK], tl.int32)
+    for peer in tl.static_range(WORLD_SIZE):
+        words = arrived[peer]
+        if peer != RANK:
+            missing |= (words == -1).to(tl.int32)
+        value = words.to(DTYPE, bitcast=True).to(tl.float32)
+        if peer == 0:
+            total = value
+        elif IS_MAX:
+            total = tl.maximum(total, value, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            total += value
+    return total, missing
+
+
+@device_function
 def receive_sum(
     row_of_rank_0, offsets, own_words, mask, RANK: tl.constexpr, abort_ptr,
     ROW_WORDS: tl.constexpr, WORLD_SIZE: tl.constexpr, DTYPE: tl.constexpr, IS_MAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Poll all peers' rows at once and combine them with our own in rank order, in float32.
-
-    The same additions in the same order on every rank, so the same bits.
-    """
+    """Looks until nothing is missing, or the abort word is set; returns the total."""
     total = tl.zeros([BLOCK], tl.float32)
     pending = 1
     while pending != 0:
         aborted = tl.load(abort_ptr, volatile=True)
-        arrived = ()
-        for peer in tl.static_range(WORLD_SIZE):  # all on their way before one is looked at
-            if peer == RANK:
-                words = own_words
-            else:
-                row = row_of_rank_0 + peer * ROW_WORDS + offsets
-                words = tl.load(row, mask=mask, other=0, volatile=True)
-            arrived = arrived + (words,)
-        missing = tl.zeros([BLOCK], tl.int32)
-        for peer in tl.static_range(WORLD_SIZE):
-            words = arrived[peer]
-            if peer != RANK:
-                missing |= (words == -1).to(tl.int32)
-            value = words.to(DTYPE, bitcast=True).to(tl.float32)
-            if peer == 0:
-                total = value
-            elif IS_MAX:
-                total = tl.maximum(total, value, propagate_nan=tl.PropagateNan.ALL)
-            else:
-                total += value
+        total, missing = look(
+            row_of_rank_0, offsets, own_words, mask, RANK, ROW_WORDS, WORLD_SIZE, DTYPE, IS_MAX,
+            BLOCK,
+        )  # fmt: skip
         pending = tl.max(missing & (aborted == 0).to(tl.int32), axis=0)
     return total

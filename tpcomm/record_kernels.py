@@ -22,7 +22,7 @@ from tpcomm.records import (
     pack,
 )
 from tpcomm.size_table import NCCL
-from tpcomm.triton_language import Launch, constant, device_function, jit, tl
+from tpcomm.triton_language import Launch, after_previous, constant, device_function, jit, tl
 
 _ENTRIES = constant(RING_ENTRIES)
 _WORDS = constant(ENTRY_WORDS)
@@ -88,11 +88,13 @@ def next_sequence(sequence, step):
 
 @jit(varying=("what",))
 def tpcomm_stamp_begin(state_ptr, ring_ptr, what):
+    after_previous()
     write_begin(ring_ptr, tl.load(state_ptr) >> 32, what.to(tl.int64), clock_ns())
 
 
 @jit(varying=())
 def tpcomm_stamp_end(state_ptr, ring_ptr, NUM_STATES: tl.constexpr, BLOCK: tl.constexpr):
+    after_previous()
     state = tl.load(state_ptr)
     sequence = state >> 32
     begun = tl.load(ring_ptr + (sequence % _ENTRIES) * _WORDS + 2)

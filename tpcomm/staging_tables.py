@@ -13,7 +13,7 @@ their width, high half zero. A word is at most 8 bytes, so it arrives whole.
 back to ones. That is enough: a rank in call n has ended call n - 1, hence received something that
 each peer sent in its call n - 1, hence each peer had ended its call n - 2, in which it wiped the
 buffer (n - 3) % 3 = n % 3. This needs each call to receive from every peer, and kernels of one
-rank that do not overlap, as those of one stream without programmatic launch do not.
+rank that do not overlap: those of one stream, which begin with `after_previous`.
 
 **State** is one int64 per program: in its high half the sequence, the number n of the next call
 (it wraps at a multiple of 3), and in its low half how much of the buffer before is to be wiped.
@@ -54,6 +54,7 @@ class StagingTables:
 
     bases: int64 [world_size], where this process has mapped each rank's staging memory.
     state: int64 [num_states], all alike between calls; as many programs may run in a call.
+        No more than are needed, as each call writes them all.
     max_warps: as many warps may run in a call, on all of the device together.
     abort_word: int32 [1], not zero to make every wait give up.
     ring: int64 [RING_ENTRIES + 1, ENTRY_WORDS], the last calls, zeros where there was none, and
@@ -104,7 +105,9 @@ def make_tables(
     assert slot_bytes > 0 and slot_bytes % CHUNK_BYTES == 0, slot_bytes
     return StagingTables(
         bases=torch.zeros(world_size, dtype=torch.int64, device=device),
-        state=torch.zeros(slot_bytes // CHUNK_BYTES, dtype=torch.int64, device=device),
+        state=torch.zeros(
+            min(slot_bytes // CHUNK_BYTES, max_warps // NUM_WARPS), dtype=torch.int64, device=device
+        ),
         abort_word=torch.zeros(1, dtype=torch.int32, device=device),
         ring=make_ring(device),
         rank=rank,

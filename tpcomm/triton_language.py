@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from tpcomm.errors import CommError
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 triton: Any = importlib.import_module("triton") if HAS_TRITON else None
 tl: Any = importlib.import_module("triton.language") if HAS_TRITON else None
+_cuda: Any = importlib.import_module("triton.language.extra.cuda") if HAS_TRITON else None
+_target: Any = importlib.import_module("triton.language.target_info") if HAS_TRITON else None
 
 
 def require_triton() -> None:
@@ -48,9 +51,31 @@ def constant(value: int) -> Any:
     return tl.constexpr(value) if HAS_TRITON else value
 
 
+@device_function
+def after_previous():  # type: ignore[no-untyped-def]
+    """What a kernel does before it reads or writes memory: waits until the kernel before it is over
+    and its memory in place, and lets the next one be launched, which waits in its turn.
+
+    So the launch of a kernel lies beside the run of the one before (programmatic dependent launch,
+    CUDA programming guide). All that are launched with `early_launch` begin with it.
+    """
+    if _target.cuda_capability_geq(9, 0):
+        _cuda.gdc_wait()
+        _cuda.gdc_launch_dependents()
+
+
+@functools.cache
+def early_launch() -> dict[str, bool]:
+    """The launch option of kernels that begin with `after_previous`. Asked for on their device."""
+    return {"launch_pdl": True} if _target.cuda_capability_geq(9, 0) else {}
+
+
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its arguments in order, and how many programs of how many warps run it."""
+    """A kernel, its arguments in order, and how many programs of how many warps run it.
+
+    It begins with `after_previous`.
+    """
 
     kernel: Any
     arguments: tuple[object, ...]
@@ -59,8 +84,10 @@ class Launch:
 
     def run(self) -> None:
         """Enqueue on the current stream of the current device."""
-        self.kernel[(self.num_programs,)](*self.arguments, num_warps=self.num_warps)
+        options = early_launch()
+        self.kernel[(self.num_programs,)](*self.arguments, num_warps=self.num_warps, **options)
 
     def compile(self) -> Any:
         """Compile the variant that `run` needs, without launching it."""
-        return self.kernel.warmup(*self.arguments, num_warps=self.num_warps, grid=(1,))
+        options = early_launch()
+        return self.kernel.warmup(*self.arguments, num_warps=self.num_warps, grid=(1,), **options)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tpcomm import norm_kernel
 from tpcomm.allreduce_kernels import Tile, one_shot_all_reduce, two_shot_all_reduce
+from tpcomm.bench.halve_kernel import halve
 from tpcomm.bench.measure import LIMIT_S, eager_microseconds, graph_microseconds
 from tpcomm.bench.rank_pool import RankContext
 from tpcomm.communicator import ReduceOp
@@ -59,10 +60,10 @@ def time_all_reduce(context: RankContext, path: str, num_bytes: int) -> Row:
 
     def chained() -> None:
         call(tensor)
-        tensor.mul_(0.5)
+        halve(tensor)
 
     chain = graph_microseconds(comm, chained)
-    kernel = graph_microseconds(comm, lambda: tensor.mul_(0.5))
+    kernel = graph_microseconds(comm, lambda: halve(tensor))
     eager = eager_microseconds(comm, lambda: call(tensor))
     return {
         "path": path,

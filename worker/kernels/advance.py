@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpcomm.triton_language import after_previous, early_launch
 from worker.device_tables import DeviceTables
 from worker.kernels.triton_language import jit, tl
 from worker.sampling.local_best import winning_rank
@@ -89,6 +90,7 @@ def _advance_best_kernel(
     NOT_FINITE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    after_previous()
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
     slots = tl.load(slots_ptr + rows, mask=inside, other=0)
@@ -149,5 +151,6 @@ def advance_best(
         NOT_FINITE=FLAG_NOT_FINITE,
         BLOCK=_BLOCK,
         num_warps=4,
+        **early_launch(),
     )
     return Advanced(token_ids, flags, emits.view(torch.bool))

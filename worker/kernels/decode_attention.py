@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tpcomm.triton_language import after_previous, early_launch
 from worker.kernels.attention_tiles import LOG2_E, attend, padded_head_dim
 from worker.kernels.head_groups import group_queries, ungroup_queries
 from worker.kernels.triton_language import jit, next_power_of_2, tl
@@ -119,6 +120,7 @@ def _decode_attention_kernel(
     TILE_TOKENS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
 ):
+    after_previous()
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -180,6 +182,7 @@ def _join_splits_kernel(
     NUM_SPLITS: tl.constexpr,
 ):
     """Weigh the parts of one row and head by their share of the softmax; empty ones have none."""
+    after_previous()
     row_and_head = tl.program_id(0).to(tl.int64)
     splits = row_and_head * NUM_SPLITS + tl.arange(0, NUM_SPLITS)
     dims = tl.arange(0, BLOCK_DIM)
@@ -272,6 +275,7 @@ def decode_attention(
         NUM_SPLITS=num_splits,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **early_launch(),
     )
     if log_sum is not None:
         _join_splits_kernel[(num_rows * num_q_heads,)](
@@ -282,6 +286,7 @@ def decode_attention(
             BLOCK_DIM=block_dim,
             NUM_SPLITS=num_splits,
             num_warps=4,
+            **early_launch(),
         )
     return out
 

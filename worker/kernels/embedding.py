@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tpcomm.triton_language import after_previous, early_launch
 from worker.kernels.triton_language import jit, tl
 
 _BLOCK = 1024
@@ -37,6 +38,7 @@ def _embedding_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    after_previous()
     row = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = dims < HIDDEN
@@ -66,5 +68,6 @@ def embedding(
         HIDDEN=hidden_size,
         BLOCK=_BLOCK,
         num_warps=4,
+        **early_launch(),
     )
     return out

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tpcomm.triton_language import after_previous, early_launch
 from worker.kernels.triton_language import jit, next_power_of_2, tl
 
 
@@ -34,6 +35,7 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
 ):
+    after_previous()
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     inside = dims < HIDDEN
@@ -81,5 +83,6 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
         BLOCK=block,
         ADD=residual is not None,
         num_warps=min(max(block // 512, 1), 16),
+        **early_launch(),
     )
     return out

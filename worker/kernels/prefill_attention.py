@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tpcomm.triton_language import after_previous, early_launch
 from worker.forward_batch import PrefillChunks
 from worker.kernels.attention_tiles import LOG2_E, attend, padded_head_dim
 from worker.kernels.head_groups import group_queries, ungroup_queries
@@ -102,6 +103,7 @@ def _prefill_attention_kernel(
     Chunk c owns the tiles from cu_lens[c] // TOKENS + c on, which leaves each chunk at least the
     tiles it needs; what lies past the last chunk is handled as one more, which is zeroed.
     """
+    after_previous()
     TOKENS: tl.constexpr = BLOCK_ROWS // Q_PER_KV
     # The last tiles of a chunk see the most context: start them first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -215,6 +217,7 @@ def prefill_attention(
         TILE_TOKENS=shape.tile_tokens,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
+        **early_launch(),
     )
     return out
 
@@ -235,4 +238,4 @@ def _launch_shape(head_dim: int, element_size: int, q_per_kv: int) -> _LaunchSha
         return _LaunchShape(max(32, whole_group), 32 if head_dim <= 64 else 16, 4, 1)
     if head_dim > 128:
         return _LaunchShape(max(64, whole_group), 64, 8, 2)
-    return _LaunchShape(max(128, whole_group), 64, 8, 3)
+    return _LaunchShape(max(128, whole_group), 128, 8, 3)

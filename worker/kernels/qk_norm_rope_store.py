@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tpcomm.triton_language import after_previous, early_launch
 from worker.kernels.triton_language import jit, next_power_of_2, tl
 
 
@@ -95,6 +96,7 @@ def _qk_norm_rope_store_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
+    after_previous()
     HALF: tl.constexpr = ROTARY_DIM // 2
     NUM_QK_HEADS: tl.constexpr = NUM_Q_HEADS + NUM_KV_HEADS
     token = tl.program_id(0).to(tl.int64)
@@ -188,5 +190,6 @@ def qk_norm_rope_store(
         BLOCK_HEADS=block_heads,
         BLOCK_DIM=next_power_of_2(head_dim),
         num_warps=4 if block_heads == 16 else 2,
+        **early_launch(),
     )
     return q

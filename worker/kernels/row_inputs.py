@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpcomm.triton_language import after_previous, early_launch
 from worker.device_tables import DeviceTables
 from worker.kernels.triton_language import jit, tl
 from worker.tables import DUMMY_SLOT
@@ -71,6 +72,7 @@ def _row_inputs_kernel(
     DUMMY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    after_previous()
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
     slots = tl.load(row_slots_ptr + rows, mask=inside, other=DUMMY).to(tl.int64)
@@ -109,6 +111,7 @@ def row_inputs(tables: DeviceTables, num_rows: int) -> RowInputs:
         DUMMY=DUMMY_SLOT,
         BLOCK=_BLOCK,
         num_warps=4,
+        **early_launch(),
     )
     slots, token_ids, positions, slot_mapping, decode_slots, next_positions = columns.unbind()
     return RowInputs(slots, token_ids, positions, slot_mapping, decode_slots, lens, next_positions)

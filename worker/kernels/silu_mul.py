@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tpcomm.triton_language import after_previous, early_launch
 from worker.kernels.triton_language import jit, tl
 
 _BLOCK = 1024
@@ -23,6 +24,7 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
 
 @jit()
 def _silu_mul_kernel(gate_up_ptr, out_ptr, gate_up_stride, FFN: tl.constexpr, BLOCK: tl.constexpr):
+    after_previous()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < FFN
@@ -39,6 +41,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     assert gate_up.shape[1] == 2 * ffn_size and gate_up.stride(1) == 1, gate_up.shape
     out = torch.empty((num_tokens, ffn_size), dtype=gate_up.dtype, device=gate_up.device)
     _silu_mul_kernel[(num_tokens, -(-ffn_size // _BLOCK))](
-        gate_up, out, gate_up.stride(0), FFN=ffn_size, BLOCK=_BLOCK, num_warps=4
+        gate_up,
+        out,
+        gate_up.stride(0),
+        FFN=ffn_size,
+        BLOCK=_BLOCK,
+        num_warps=4,
+        **early_launch(),
     )
     return out

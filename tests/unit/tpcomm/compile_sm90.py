@@ -15,6 +15,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from tests.helpers.early_launch import waits_for_previous
 from tpcomm import ReduceOp
 from tpcomm.allreduce_kernels import one_shot_launch, two_shot_launch
 from tpcomm.communicator import REDUCIBLE_DTYPES
@@ -78,6 +79,7 @@ def main() -> None:
             "cubin_bytes": len(compiled.asm["cubin"]),
             "shared_bytes": compiled.metadata.shared,
             "state_behind_barrier": state_behind_barrier(compiled.asm["ttir"]),
+            "waits_for_previous": waits_for_previous(compiled),
             "fences": len(re.findall(r"\b(?:fence|membar)\.", ptx)),
             "instructions": sorted(set(re.findall(r"(?:ld|st|atom)\.[\w.]*global[\w.]*", ptx))),
         }

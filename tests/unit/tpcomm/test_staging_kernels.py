@@ -34,6 +34,7 @@ def test_every_variant_compiles_for_hopper_with_system_scope_words(tmp_path: Pat
     assert len(reports) == 5 * 2 * 2 + 3 * 2 * 3 + 2
     for report in reports:
         assert report["cubin_bytes"] > 0
+        assert report["waits_for_previous"], report
         if report["kernel"] == "add_rms_norm":
             continue
         instructions = set(report["instructions"])

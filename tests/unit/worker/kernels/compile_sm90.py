@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from tests.helpers.early_launch import waits_for_previous
 from tests.helpers.kernel_checks import HeadShape
 from worker.device_tables import DeviceTables
 from worker.forward_batch import PrefillChunks
@@ -61,6 +62,7 @@ class CompileOnly:
                 "dtype": str(args[0].dtype),
                 "shared_bytes": compiled.metadata.shared,
                 "cubin_bytes": len(compiled.asm["cubin"]),
+                "waits_for_previous": waits_for_previous(compiled),
                 "tensor_core": "mma.sync" in ptx or "wgmma" in ptx,
                 "tf32": "tf32" in ptx,
             }

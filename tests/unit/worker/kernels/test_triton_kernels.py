@@ -37,5 +37,6 @@ def test_every_kernel_compiles_for_hopper_within_its_limits(tmp_path: Path) -> N
         assert report["cubin_bytes"] > 0
         assert report["shared_bytes"] <= SHARED_BYTES_PER_BLOCK, report
         assert not report["tf32"], report
+        assert report["waits_for_previous"], report
         if report["kernel"].endswith("attention_kernel"):
             assert report["tensor_core"] == (report["dtype"] != "torch.float32"), report
