@@ -2,7 +2,8 @@
 
 A message costs a frontend some ten times as much as a token in it. So when messages take up more
 than half of the event loop's time, the next ones wait until the loop has rested as long as it has
-worked, and the tokens that come meanwhile join them.
+worked, and the tokens that come meanwhile join them. A loop that has little to do makes nobody
+wait, whatever it did before: the first token of a lone request goes out at once.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ class Pacer:
         self._cpu_clock = cpu_clock
         self._waiting: list[Callable[[], None]] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._next_wake = 0.0
+        self._woke_at = float("-inf")
         self._cpu_at_wake = cpu_clock()
 
     def add(self, wake: Callable[[], None]) -> None:
@@ -29,21 +30,27 @@ class Pacer:
         self._waiting.append(wake)
 
     def settle(self) -> None:
-        """Wakes what was added, or sees to it that it is woken when this cycle is over."""
+        """Wakes what was added, or sees to it that it is woken when this cycle is over.
+
+        A cycle is over when twice the time has passed that the loop has worked since it began.
+        """
         if not self._waiting or self._timer is not None:
             return
         loop = asyncio.get_running_loop()
-        if loop.time() >= self._next_wake:
-            self._wake_all()
+        work_s = self._cpu_clock() - self._cpu_at_wake
+        ends_at = self._woke_at + min(work_s * _CYCLE_PER_WORK, _MAX_CYCLE_S)
+        if loop.time() >= ends_at:
+            self._wake_all(loop.time())
         else:
-            self._timer = loop.call_at(self._next_wake, self._wake_all)
+            self._timer = loop.call_at(ends_at, self._look_again)
 
-    def _wake_all(self) -> None:
+    def _look_again(self) -> None:
+        """The loop may have worked on meanwhile, and the cycle become longer."""
         self._timer = None
-        cpu = self._cpu_clock()
-        work_s, self._cpu_at_wake = cpu - self._cpu_at_wake, cpu
-        cycle_s = min(work_s * _CYCLE_PER_WORK, _MAX_CYCLE_S)
-        self._next_wake = asyncio.get_running_loop().time() + cycle_s
+        self.settle()
+
+    def _wake_all(self, now: float) -> None:
+        self._woke_at, self._cpu_at_wake = now, self._cpu_clock()
         waiting, self._waiting = self._waiting, []
         for wake in waiting:
             wake()
