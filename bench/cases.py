@@ -1,6 +1,7 @@
 """The serving cases, defined as the peer was measured.
 
-decode   `bs` requests of 128 random ids together, greedy: (time of 220 new tokens - of 20) / 200.
+decode   `bs` requests of 128 random ids together, greedy: (time of 220 new tokens - of 20) / 200;
+         of a lone request also the p99 of the gaps between its messages.
 ttft     one request of L random ids, one new token, median of 5.
 offline  256 requests of 100-1024 tokens in and out, temperature 0.6: output tokens per second.
 """
@@ -17,7 +18,7 @@ from bench.peer import PEER_NAME, peer_figure
 from bench.record import Case
 from bench.requests import Client, Request, offline256, random_prompt
 
-_PROMPT = 128
+PROMPT_TOKENS = 128
 _SHORT, _LONG = 20, 220
 
 
@@ -54,27 +55,34 @@ class Subject:
         return case
 
 
-async def decode(subject: Subject, batch_size: int, quick: bool) -> Case:
+async def decode(subject: Subject, batch_size: int, quick: bool) -> list[Case]:
     """Milliseconds per token at a batch size; `quick` runs each length once."""
+    gaps: list[float] = []
 
     async def seconds(num_tokens: int) -> float:
-        requests = subject.prompts(batch_size, _PROMPT, num_tokens)
-        return max(timing.last for timing in await subject.client.run(requests))
+        requests = subject.prompts(batch_size, PROMPT_TOKENS, num_tokens)
+        timings = await subject.client.run(requests)
+        gaps.extend(gap * 1e3 for timing in timings for gap in timing.gaps)
+        return max(timing.last for timing in timings)
 
     await seconds(_SHORT)
     short = statistics.median([await seconds(_SHORT) for _ in range(1 if quick else 3)])
     longs = [await seconds(_LONG) for _ in range(1 if quick else 2)]
     runs = [(long - short) / (_LONG - _SHORT) * 1e3 for long in longs]
-    return subject.case(
-        f"decode-bs{batch_size}",
-        batch_size=batch_size,
-        context=_PROMPT + _LONG,
-        metric="time_per_token",
-        unit="ms",
-        value=statistics.median(runs),
-        runs=runs,
-        floor=subject.floor_ms,
-    )
+    common = {"batch_size": batch_size, "context": PROMPT_TOKENS + _LONG, "unit": "ms"}
+    value = statistics.median(runs)
+    name = f"decode-bs{batch_size}"
+    cases = [
+        subject.case(
+            name, metric="time_per_token", value=value, runs=runs, floor=subject.floor_ms, **common
+        )
+    ]
+    if batch_size == 1:
+        p99 = statistics.quantiles(gaps, n=100)[-1]
+        cases.append(
+            subject.case(f"{name}-gap-p99", metric="message_gap", value=p99, runs=[p99], **common)
+        )
+    return cases
 
 
 async def ttft(subject: Subject, length: int, quick: bool) -> Case:

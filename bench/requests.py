@@ -31,7 +31,7 @@ class Timing:
     first: float
     last: float
     num_tokens: int
-    longest_gap: float
+    gaps: list[float]  # between messages with tokens
 
 
 class Client:
@@ -62,7 +62,8 @@ class Client:
         self, stub: generate_pb2_grpc.GenerateServiceStub, request: Request, started: float
     ) -> Timing:
         call = stub.Generate(request_message(request), timeout=_CALL_LIMIT_S)
-        first = last = gap = 0.0
+        first = last = 0.0
+        gaps = []
         num_tokens = 0
         async for response in call:
             if response.WhichOneof("event") != "delta":
@@ -70,11 +71,11 @@ class Client:
             now = time.perf_counter() - started
             num_tokens += len(response.delta.token_ids)
             if first:
-                gap = max(gap, now - last)
+                gaps.append(now - last)
             first, last = first or now, now
         if num_tokens != request.max_tokens:
             raise RuntimeError(f"asked for {request.max_tokens} tokens, got {num_tokens}")
-        return Timing(first, last, num_tokens, gap)
+        return Timing(first, last, num_tokens, gaps)
 
 
 def request_message(request: Request) -> generate_pb2.GenerateRequest:

@@ -14,7 +14,7 @@ from typing import Any
 
 import uvloop
 
-from bench import cases
+from bench import cases, load_cases
 from bench.cases import Subject
 from bench.cli import add_record_flags, comma_separated, model_dir, record_folder, say
 from bench.daemons import scrape
@@ -104,12 +104,20 @@ async def _run_cases(options: argparse.Namespace, subject: Subject) -> list[Case
     measured = []
     if "decode" in options.cases:
         for batch_size in options.batch_sizes:
-            measured.append(await cases.decode(subject, batch_size, options.quick))
+            measured += await cases.decode(subject, batch_size, options.quick)
     if "ttft" in options.cases:
         for length in options.lengths:
             measured.append(await cases.ttft(subject, length, options.quick))
     if "offline256" in options.cases:
         measured.append(await cases.offline(subject))
+    if "context" in options.cases:
+        for batch_size in options.context_batch_sizes:
+            measured.append(await load_cases.context(subject, batch_size, options.quick))
+    if "arrival" in options.cases:
+        measured += await load_cases.arrival(subject)
+    if "serving" in options.cases:
+        for rate in options.rates:
+            measured += await load_cases.serving(subject, rate, options.serving_seconds)
     return measured
 
 
@@ -135,10 +143,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument("--max-model-len", type=int, default=10240)
     parser.add_argument(
-        "--cases", type=comma_separated(str), default=["decode", "ttft", "offline256"]
+        "--cases",
+        type=comma_separated(str),
+        default=["decode", "ttft", "offline256"],
+        help="of decode, ttft, offline256, context, arrival, serving",
     )
     parser.add_argument("--batch-sizes", type=comma_separated(int), default=[1, 8, 64, 256])
     parser.add_argument("--lengths", type=comma_separated(int), default=[128, 1024, 8192])
+    parser.add_argument("--context-batch-sizes", type=comma_separated(int), default=[1, 16])
+    parser.add_argument("--rates", type=comma_separated(float), default=[4.0, 8.0, 16.0])
+    parser.add_argument("--serving-seconds", type=float, default=20.0, help="of each rate")
     parser.add_argument("--server-flags", default="", help="more flags for lockstep serve")
     parser.add_argument("--start-limit", type=float, default=300.0, help="seconds to become ready")
     parser.add_argument("--seed", type=int, default=None, help="of the random prompts")

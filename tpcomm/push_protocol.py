@@ -114,6 +114,7 @@ def look(
             row = row_of_rank_0 + peer * ROW_WORDS + offsets
             words = tl.load(row, mask=mask, other=0, volatile=True)
         arrived = arrived + (words,)
+    total = tl.zeros([BLOCK], tl.float32)
     missing = tl.zeros([BLOCK], tl.int32)
     for peer in tl.static_range(WORLD_SIZE):
         words = arrived[peer]

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """A small kernel as those between the collectives of a step: it takes a result and gives it on."""
 
 from __future__ import annotations
