@@ -42,8 +42,9 @@ class MixedGraphs:
         device = runner.tables.device
         largest = sum(_shape(most).parts)
         self._packed = torch.zeros(largest, dtype=torch.int64, device=device)
+        width, dtype = runner.model.shard.padded_vocab, runner.model.weights.lm_head.dtype
         self._logits = {
-            rows: torch.zeros(rows + MAX_CHUNKS, runner.model.shard.padded_vocab, device=device)
+            rows: torch.zeros(rows + MAX_CHUNKS, width, dtype=dtype, device=device)
             for rows in self.row_sizes
         }
         self._forward: dict[tuple[int, int], Captured[None]] = {}

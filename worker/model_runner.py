@@ -74,7 +74,7 @@ class ModelRunner:
     ops: Ops
 
     def decode_forward(self, num_rows: int) -> Tensor:
-        """Logits fp32 [num_rows, padded_vocab] of rows 0..num_rows-1; writes their K and V."""
+        """Logits [num_rows, padded_vocab] of rows 0..num_rows-1; writes their K and V."""
         batch = self._decode_batch(num_rows)
         return self.model.local_logits(self.model.forward(batch, self.kv_cache))
 
@@ -118,7 +118,7 @@ class ModelRunner:
         )
 
     def mixed_forward(self, num_rows: int, tokens: ChunkTokens) -> Tensor:
-        """Logits fp32 [num_rows + num_finals, padded_vocab]; writes K and V of all tokens."""
+        """Logits [num_rows + num_finals, padded_vocab]; writes K and V of all tokens."""
         hidden = self.model.forward(self._mixed_batch(num_rows, tokens), self.kv_cache)
         return self.model.local_logits(hidden)
 

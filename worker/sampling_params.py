@@ -172,6 +172,13 @@ class SamplePlan:
     with_bad_words: bool = False
     with_mask: bool = False
 
+    @property
+    def reads_logits_once(self) -> bool:
+        """One kernel reads the logits as the model leaves them, and nothing alters them."""
+        alters = self.with_penalties or self.with_bias or self.with_bad_words or self.with_mask
+        is_best_alone = self.variant is SampleVariant.LOCAL_BEST and not self.with_logprobs
+        return is_best_alone and not alters
+
 
 def plan_sample(rows: Iterable[SlotParams]) -> SamplePlan:
     """The plan that serves all `rows` (the sequences of one step) at least cost."""

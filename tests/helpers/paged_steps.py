@@ -161,7 +161,7 @@ def logits_of_steps(
     for pieces in steps:
         has_decode = any(piece.is_decode for piece in pieces)
         batch = batches.batch(pieces, num_padding_rows=int(has_decode))
-        logits = model.local_logits(model.forward(batch, cache))
+        logits = model.local_logits(model.forward(batch, cache)).float()
         row = 0
         for piece in [p for p in pieces if p.is_decode]:
             out[piece.sequence][piece.start] = logits[row]

@@ -135,6 +135,18 @@ def check_best(
             torch.testing.assert_close(record.raw_sum, expected.raw_sum, atol=0, rtol=1e-5)
 
 
+def check_narrow_logits(dtype: torch.dtype, device: torch.device) -> None:
+    """Logits of 16 bits give the records that they give in float32."""
+    narrow = make_logits(5000).to(dtype).to(device)
+    tables = make_tables(5000, 8, False, device)
+    slots, positions = SLOTS.to(device), POSITIONS.to(device)
+    records = [
+        gumbel_argmax(logits, logits, slots, positions, tables, None, False, True)
+        for logits in (narrow, narrow.float())
+    ]
+    assert torch.equal(*records)
+
+
 def check_broken_rows(device: torch.device) -> None:
     """A NaN or +inf logit anywhere makes the row's value infinite; among equals the lowest id."""
     logits = torch.zeros(NUM_ROWS, 5000)
@@ -176,6 +188,8 @@ def check_masses(vocab: int, device: torch.device) -> None:
 def check_all(device: torch.device) -> None:
     check_noise(device)
     check_broken_rows(device)
+    for dtype in (torch.bfloat16, torch.float16):
+        check_narrow_logits(dtype, device)
     # A shard from 0, one whose first id begins no group of four, one smaller than a block.
     for vocab, vocab_start in ((4200, 0), (701, 1346), (64, 640)):
         check_penalties(vocab, vocab_start, device)

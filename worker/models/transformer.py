@@ -80,11 +80,12 @@ class Transformer:
         return normed
 
     def local_logits(self, hidden: Tensor) -> Tensor:
-        """This rank's logits, float32 [num_rows, padded_vocab]; columns without a token are -inf.
+        """This rank's logits, [num_rows, padded_vocab] in the weights' dtype; columns without a
+        token are -inf.
 
         Column i is token `vocab_start + i`. `hidden` is what `forward` returned.
         """
-        logits = self._ops.linear(hidden, self.weights.lm_head, None).float()
+        logits = self._ops.linear(hidden, self.weights.lm_head, None)
         return logits.masked_fill_(self._is_padding, -torch.inf) if self._has_padding else logits
 
     def _embed(self, token_ids: Tensor) -> Tensor:

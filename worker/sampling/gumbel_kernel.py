@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tpcomm.triton_language import after_previous, early_launch
 from worker.kernels.triton_language import jit, next_power_of_2, tl
 from worker.sampling.record import RECORD_WORDS, Bounds
 from worker.sampling.tables import (
@@ -77,6 +78,7 @@ def _shard_best_kernel(
     GROUPS: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ):
+    after_previous()
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     params = params_ptr + tl.load(slots_ptr + row) * ROW_WORDS
@@ -97,7 +99,7 @@ def _shard_best_kernel(
         inside = (columns >= 0) & (columns < VOCAB)
         logit = tl.load(
             logits_ptr + row * logits_stride + columns, mask=inside, other=float("-inf")
-        )
+        ).to(tl.float32)
         # A maximum drops NaN; +inf is as good a sign of a broken row and survives.
         logit = tl.where(logit != logit, float("inf"), logit)
         scaled = logit * inv_temperature
@@ -115,7 +117,9 @@ def _shard_best_kernel(
         best = tl.where(better, value, best)
         best_id = tl.where(better, ids, best_id)
         if STATS:
-            raw = tl.load(raw_ptr + row * raw_stride + columns, mask=inside, other=float("-inf"))
+            raw = tl.load(
+                raw_ptr + row * raw_stride + columns, mask=inside, other=float("-inf")
+            ).to(tl.float32)
             new_max = tl.maximum(raw_max, raw)
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
             raw_sum = raw_sum * tl.exp(raw_max - shift) + tl.exp(raw - shift)
@@ -146,6 +150,7 @@ def _combine_kernel(
     STATS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    after_previous()
     row = tl.program_id(0).to(tl.int64)
     chunks = tl.arange(0, BLOCK)
     inside = chunks < num_chunks
@@ -157,7 +162,7 @@ def _combine_kernel(
     token_id = tl.min(tl.where(values == value, ids, NO_ID), axis=0)
     # Where nothing competes there is no id; the first column keeps the load below legal.
     token_id = tl.where(token_id == NO_ID, vocab_start, token_id)
-    raw = tl.load(raw_ptr + row * raw_stride + (token_id - vocab_start))
+    raw = tl.load(raw_ptr + row * raw_stride + (token_id - vocab_start)).to(tl.float32)
     record = record_ptr + row * RECORD_WORDS
     tl.store(record, value.to(tl.int32, bitcast=True))
     tl.store(record + 1, token_id)
@@ -185,7 +190,7 @@ def gumbel_argmax(
     all_greedy: bool,
     with_stats: bool,
 ) -> Tensor:
-    """Records int32 [N, RECORD_WORDS] of `logits` float32 [N, V], as `local_best` describes."""
+    """Records int32 [N, RECORD_WORDS] of `logits` [N, V], as `local_best` describes."""
     num_rows, vocab = logits.shape
     assert logits.stride(1) == 1 and raw.stride(1) == 1 and raw.shape == logits.shape
     assert slots.is_contiguous() and positions.is_contiguous()
@@ -218,6 +223,7 @@ def gumbel_argmax(
         NUM_BLOCKS=_GROUPS_PER_PROGRAM // _GROUPS_PER_BLOCK,
         num_warps=4,
         enable_fp_fusion=False,
+        **early_launch(),
     )
     _combine_kernel[(num_rows,)](
         partial,
@@ -231,6 +237,7 @@ def gumbel_argmax(
         STATS=with_stats,
         BLOCK=next_power_of_2(num_chunks),
         num_warps=1,
+        **early_launch(),
     )
     return record
 

@@ -80,7 +80,8 @@ def local_best(
     all_greedy: bool = False,
     with_stats: bool = False,
 ) -> BestRecord:
-    """The record [N] of this shard's `logits` float32 [N, V] (masked, penalised, not scaled).
+    """The record [N] of this shard's `logits` float32 [N, V] (masked, penalised, not scaled); on
+    CUDA of any float dtype.
 
     `raw` is the same before masks and penalties. With `bounds` only tokens whose scaled logit
     lies within them compete. On CUDA two kernels, which read the parameters of `slots`

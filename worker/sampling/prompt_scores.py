@@ -35,11 +35,11 @@ def score_prompt(
 ) -> PromptScores:
     """Scores `targets` int64 [N], each after the position of its row of `hidden` [N, hidden_size].
 
-    `local_logits` gives this rank's shard of the logits, float32 [n, padded_vocab]. Collective; the
-    same N on every rank, at least 1.
+    `local_logits` gives this rank's shard of the logits, [n, padded_vocab] of any float dtype.
+    Collective; the same N on every rank, at least 1.
     """
     pieces = [
-        _score(local_logits(rows), ids, vocab_start, comm)
+        _score(local_logits(rows).float(), ids, vocab_start, comm)
         for rows, ids in zip(
             torch.split(hidden, _ROWS_AT_ONCE), torch.split(targets, _ROWS_AT_ONCE), strict=True
         )

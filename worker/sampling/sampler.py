@@ -39,8 +39,8 @@ class SampleOutput:
 class _Step:
     """The inputs of one call."""
 
-    logits: Tensor  # float32 [N, V], masked and penalised
-    raw: Tensor  # float32 [N, V]
+    logits: Tensor  # [N, V], masked and penalised; float32 unless the plan reads them once
+    raw: Tensor  # [N, V], as logits
     slots: Tensor
     positions: Tensor
     tables: SlotSampling
@@ -88,10 +88,11 @@ def sample(
 ) -> SampleOutput:
     """Sample one token for each of N rows. Collective; nothing waits for the device.
 
-    `logits` float32 [N, padded_vocab] is this rank's shard, padded columns -inf; it is not
-    changed. `slots` int64 [N] select parameters; `positions` int64 [N] are those of the tokens
-    being sampled. `plan` must be that of `plan_sample` over the rows, or stronger, and the same on
-    all ranks; it fixes all shapes and launches. Its `with_penalties` covers the minimum length too.
+    `logits` [N, padded_vocab], of any float dtype, is this rank's shard, padded columns -inf; it
+    is not changed. `slots` int64 [N] select parameters; `positions` int64 [N] are those of the
+    tokens being sampled. `plan` must be that of `plan_sample` over the rows, or stronger, and the
+    same on all ranks; it fixes all shapes and launches. Its `with_penalties` covers the minimum
+    length too.
     Alternatives come with logprobs in every variant but LOCAL_BEST.
     """
     step = _begin(logits, slots, positions, tables, comm, plan)
@@ -103,7 +104,7 @@ def sample(
     logprobs = choice.raw - normalizer
     if plan.variant == SampleVariant.LOCAL_BEST:
         return SampleOutput(token_ids, choice.finite, logprobs, None, None)
-    keys = comm.all_gather(local_alternatives(logits, tables.vocab_start))
+    keys = comm.all_gather(local_alternatives(step.raw, tables.vocab_start))
     top_ids, top_logprobs = merge_alternatives(keys, normalizer)
     return SampleOutput(token_ids, choice.finite, logprobs, top_ids, top_logprobs)
 
@@ -133,7 +134,9 @@ def _begin(
     plan: SamplePlan,
 ) -> _Step:
     """Bias, masks and penalties are on the logits."""
-    assert logits.dtype == torch.float32 and logits.shape[1] == tables.counts.shape[1]
+    assert logits.shape[1] == tables.counts.shape[1]
+    if not (logits.is_cuda and plan.reads_logits_once):
+        logits = logits.float()
     altered = restrict(
         logits, slots, tables.choices, plan.with_bias, plan.with_bad_words, plan.with_mask
     )
