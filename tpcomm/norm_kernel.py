@@ -18,6 +18,7 @@ from torch.nn import functional
 from tpcomm.allreduce_kernels import word_type
 from tpcomm.push_protocol import (
     begin_call,
+    combine,
     end_call,
     float_words,
     look,
@@ -28,13 +29,14 @@ from tpcomm.push_protocol import (
 from tpcomm.record_kernels import record_begin, record_end
 from tpcomm.size_table import ADD_RMS_NORM, FUSED
 from tpcomm.staging_tables import StagingTables, vector_width
-from tpcomm.triton_language import Launch, after_previous, device_function, jit, tl
+from tpcomm.triton_language import Launch, after_previous, constant, device_function, jit, tl
 
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HIDDEN = 16384
 _MAX_WARPS = 16
 _VECTORS_PER_THREAD = 2  # 1 to 4 take the same time on two H200, within 0.1 us
 _MIN_BLOCK = 64
+_LOOKS_PER_CHECK = constant(8)  # of the abort word, and of whether a NaN is what was sent
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -83,10 +85,7 @@ def tpcomm_all_reduce_add_rms_norm(
     offsets = tl.program_id(0) * HIDDEN + dims
     if VECTOR > 1:
         x_ptr = tl.multiple_of(x_ptr.to(tl.int64).to(tl.pointer_type(dtype)), 16)
-    # All on their way before the first is waited for.
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0)
-    residual = tl.load(residual_ptr + offsets, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + dims, mask=inside, other=0.0)
     if WORLD_SIZE > 1:
         own_base = tl.load(bases_ptr + RANK)
         own_words = float_words(x, WORD)
@@ -94,25 +93,32 @@ def tpcomm_all_reduce_add_rms_norm(
         for step in tl.static_range(1, WORLD_SIZE):
             base = tl.load(bases_ptr + (RANK + step) % WORLD_SIZE)
             send(word_row(base, place, RANK, SLOT_BYTES, WORD) + offsets, own_words, inside)
+    # Behind the sending: before it, they would delay it.
+    residual = tl.load(residual_ptr + offsets, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + dims, mask=inside, other=0.0)
+    if WORLD_SIZE > 1:
         word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
+        row_words: tl.constexpr = SLOT_BYTES // word_bytes
         used = tl.num_programs(0) * (HIDDEN * word_bytes)
         wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, BLOCK * word_bytes // 8)
         end_call(state_ptr, state, used, NUM_STATES, BLOCK)
         begun = record_begin(ring_ptr, state, used, CODE)
         first_row = word_row(own_base, place, 0, SLOT_BYTES, WORD)
-        pending, squares = 1, 0.0
+        arrived = look(first_row, offsets, own_words, inside, RANK, row_words, WORLD_SIZE)
+        pending, num_looks, squares = 1, 0, 0.0
         while pending != 0:
-            aborted = tl.load(abort_ptr, volatile=True)
-            total, missing = look(
-                first_row, offsets, own_words, inside, RANK, SLOT_BYTES // word_bytes, WORLD_SIZE,
-                dtype, False, BLOCK,
-            )  # fmt: skip
+            # The next look is on its way while this one is judged.
+            later = look(first_row, offsets, own_words, inside, RANK, row_words, WORLD_SIZE)
+            total, missing = combine(arrived, RANK, WORLD_SIZE, dtype, False, BLOCK)
             # To dtype, as an all-reduce of its own would have stored it.
             x, squares = _add(total.to(dtype), residual, inside)
-            pending = 0
             # What is missing makes the sum NaN, so as a rule the threads meet over it alone.
-            if squares != squares:
+            pending = (squares != squares).to(tl.int32)
+            num_looks += 1
+            if num_looks % _LOOKS_PER_CHECK == 0:
+                aborted = tl.load(abort_ptr, volatile=True)
                 pending = tl.max(missing & (aborted == 0).to(tl.int32), axis=0)
+            arrived = later
     else:
         x, squares = _add(x, residual, inside)
     tl.store(residual_ptr + offsets, x, mask=inside)

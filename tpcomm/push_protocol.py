@@ -99,13 +99,9 @@ def float_words(values, WORD: tl.constexpr):
 @device_function
 def look(
     row_of_rank_0, offsets, own_words, mask, RANK: tl.constexpr, ROW_WORDS: tl.constexpr,
-    WORLD_SIZE: tl.constexpr, DTYPE: tl.constexpr, IS_MAX: tl.constexpr, BLOCK: tl.constexpr,
+    WORLD_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One look at all peers' rows: (total, where something is missing).
-
-    The total combines them with our own in rank order, in float32: the same additions in the same
-    order on every rank, so the same bits. Where something is missing it is NaN, which all ones are.
-    """
+    """What now is in all ranks' rows, our own words among them: a tuple by rank."""
     arrived = ()
     for peer in tl.static_range(WORLD_SIZE):  # all on their way before one is looked at
         if peer == RANK:
@@ -114,6 +110,19 @@ def look(
             row = row_of_rank_0 + peer * ROW_WORDS + offsets
             words = tl.load(row, mask=mask, other=0, volatile=True)
         arrived = arrived + (words,)
+    return arrived
+
+
+@device_function
+def combine(
+    arrived, RANK: tl.constexpr, WORLD_SIZE: tl.constexpr, DTYPE: tl.constexpr,
+    IS_MAX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(total, where something is missing) of what a look has found.
+
+    The total combines it in rank order, in float32: the same additions in the same order on every
+    rank, so the same bits. Where something is missing it is NaN, which all ones are.
+    """
     total = tl.zeros([BLOCK], tl.float32)
     missing = tl.zeros([BLOCK], tl.int32)
     for peer in tl.static_range(WORLD_SIZE):
@@ -141,9 +150,7 @@ def receive_sum(
     pending = 1
     while pending != 0:
         aborted = tl.load(abort_ptr, volatile=True)
-        total, missing = look(
-            row_of_rank_0, offsets, own_words, mask, RANK, ROW_WORDS, WORLD_SIZE, DTYPE, IS_MAX,
-            BLOCK,
-        )  # fmt: skip
+        arrived = look(row_of_rank_0, offsets, own_words, mask, RANK, ROW_WORDS, WORLD_SIZE)
+        total, missing = combine(arrived, RANK, WORLD_SIZE, DTYPE, IS_MAX, BLOCK)
         pending = tl.max(missing & (aborted == 0).to(tl.int32), axis=0)
     return total
