@@ -105,7 +105,8 @@ def tpcomm_all_reduce_add_rms_norm(
         begun = record_begin(ring_ptr, state, used, CODE)
         first_row = word_row(own_base, place, 0, SLOT_BYTES, WORD)
         arrived = look(first_row, offsets, own_words, inside, RANK, row_words, WORLD_SIZE)
-        pending, num_looks, squares = 1, 0, 0.0
+        pending, squares = 1, 0.0
+        num_looks = tl.zeros((), tl.int32)
         while pending != 0:
             # The next look is on its way while this one is judged.
             later = look(first_row, offsets, own_words, inside, RANK, row_words, WORLD_SIZE)
