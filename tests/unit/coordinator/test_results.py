@@ -7,7 +7,8 @@ import pytest
 
 from coordinator.admission import ModelLimits
 from coordinator.admission_control import QueueLimits
-from coordinator.batch import Batch, BatchLimits
+from coordinator.batch import Batch
+from coordinator.batch_limits import BatchLimits
 from coordinator.constraints import Constraints
 from coordinator.errors import ProtocolBroken
 from coordinator.metrics import EngineMetrics
