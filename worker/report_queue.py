@@ -10,7 +10,7 @@ import asyncio
 
 from protos.lockstep.v1 import worker_pb2
 
-LONGEST_WAIT_S = 0.004
+LONGEST_WAIT_S = 0.006  # as long as the longest grant of several steps takes
 
 
 class ReportQueue:

@@ -197,7 +197,7 @@ def test_reports_carry_arrival_and_idle_time(tmp_path: Path) -> None:
     assert reports[-1].progress.idle_micros >= idle[-1]
 
 
-@pytest.mark.parametrize(("step_ms", "num_messages"), [("1", 3), ("5", 8)])
+@pytest.mark.parametrize(("step_ms", "num_messages"), [("1", 3), ("7", 8)])
 def test_results_of_quick_steps_travel_together_a_command_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_ms: str, num_messages: int
 ) -> None:
