@@ -17,7 +17,7 @@ from coordinator.metrics import EngineMetrics
 from coordinator.pacing import Pacing
 from coordinator.progress_watch import ProgressWatch
 from coordinator.request_book import RequestBook
-from coordinator.results import Resolved, apply_result, resolve_result
+from coordinator.results import Resolved, apply_results, resolve_result
 from coordinator.step_log import StepLog
 from coordinator.step_snapshot import snapshot_tables
 from coordinator.worker_group import loss_by_failure
@@ -137,11 +137,10 @@ class StepLoop:
     def _give_out_tokens(self) -> None:
         """Applies the results that have come, in order; their tokens are in the outbox then."""
         untold, self._untold = self._untold, []
-        for resolved, came_at in untold:
-            try:
-                apply_result(resolved, self._batch, self._book, self._metrics, came_at)
-            except ProtocolBroken as error:
-                raise RankLost(0, resolved.result.step, str(error)) from error
+        try:
+            apply_results(untold, self._batch, self._book, self._metrics)
+        except ProtocolBroken as error:
+            raise RankLost(0, untold[-1][0].result.step, str(error)) from error
 
     @property
     def _plans_need_tokens(self) -> bool:
