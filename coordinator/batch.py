@@ -5,31 +5,21 @@ It applies what the scheduler decides and turns it into bytes; it reads no clock
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
+from coordinator import scheduler
+from coordinator.batch_limits import BatchLimits
 from coordinator.block_allocator import BlockAllocator
 from coordinator.outstanding import Outstanding, SentCommand
 from coordinator.prefix_cache import PrefixCache
 from coordinator.request import Request, RequestState
 from coordinator.request_queue import RequestQueue
 from coordinator.sample_groups import SampleGroups
-from coordinator.scheduler import Capacity, Chunk, Prefill, Rows, Victim, Waiting, plan_step
+from coordinator.scheduler import Chunk, Prefill, Rows, Victim, Waiting
 from coordinator.step_command import CommandEncoder, DeltaBuilder
 from coordinator.tables import RowTable, SlotTable, table_digest
 
-_WATERMARK_SHARE = 100  # one block in a hundred stays free on admission
-
-
-@dataclass(frozen=True)
-class BatchLimits:
-    """Sizes that hold for an epoch; `num_blocks` counts the dummy."""
-
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_batch_tokens: int
-    use_prefix_cache: bool = True
+_BUSY_STEPS = 16  # in which nobody may have begun for the next one to be alone
 
 
 class Batch:
@@ -53,6 +43,7 @@ class Batch:
         self.outstanding = Outstanding()
         self._prompt_tokens = Counter[int]()  # in chunks, by step
         self._encoder = CommandEncoder(epoch)
+        self._last_opening = -_BUSY_STEPS  # step of the last command that opened a slot
         self.epoch = epoch
 
     @property
@@ -147,20 +138,14 @@ class Batch:
     def next_command(self, with_table_digest: bool = False, max_steps: int = 1) -> bytes | None:
         """Plans, books and serialises the next command; None if no token would be computed.
 
-        It grants up to `max_steps` steps, and one if somebody could begin with the next command.
+        It grants up to `max_steps` steps, and one where a request should decode soon.
         """
         self._promote()
         self._complete_rows()
         masked = self._take_masked()
-        may_begin = len(self.queue) and self.slots.num_free_slots
-        num_steps = 1 if may_begin or self._prefilling else max_steps
-        plan = plan_step(
-            self._rows_view(),
-            self._prefill_views(),
-            self._victims(),
-            self._waiting_views(),
-            self._capacity(num_steps),
-        )
+        plan = self._plan(1 if self._prefilling or self._is_quick_to_begin else max_steps)
+        if plan.num_steps > 1 and not plan.ends_prompts:
+            plan = self._plan(1)  # what is left of a prompt goes on with the next step
         delta = DeltaBuilder()
         self._preempt(plan.preempted)
         # Before new blocks are given out, which may be cached ones that nobody owns.
@@ -174,8 +159,8 @@ class Batch:
         added = [self._add_chunk(chunk, delta) for chunk in plan.chunks]
         if plan.is_empty:
             return None
-        rows = self.rows.requests.copy()
-        assert len(rows) == plan.num_rows
+        decoding = self.rows.requests.copy()
+        assert len(decoding) == plan.num_rows
         self.rows.advance(plan.num_steps)
         command = self._encode(delta, plan.num_steps, with_table_digest)
         self.outstanding.add(
@@ -183,7 +168,7 @@ class Batch:
                 self.last_command_id,
                 self.last_step - plan.num_steps + 1,
                 plan.num_steps,
-                rows,
+                decoding,
                 [request for request in added if request.num_prefilled == request.prefill_len],
                 bool(added),
                 delta.scored,
@@ -217,6 +202,28 @@ class Batch:
         assert len(self.slots.open) + self.slots.num_free_slots == self.limits.max_num_seqs
         assert all(r.row == row for row, r in enumerate(self.rows.requests))
         assert [len(r.block_ids) for r in self.rows.requests] == self.rows.num_blocks.tolist()
+
+    @property
+    def _is_quick_to_begin(self) -> bool:
+        """Somebody could begin, and is to decode from the very next step on.
+
+        Not if others have begun just before. Under load somebody comes with nearly every step: were
+        each command of one step, commands, not steps, would be what there is no time for. Who
+        begins then has its first token as soon, and waits for its second.
+        """
+        may_begin = bool(len(self.queue)) and self.slots.num_free_slots > 0
+        return may_begin and self.last_step - self._last_opening >= _BUSY_STEPS
+
+    def _plan(self, num_steps: int) -> scheduler.StepPlan:
+        return scheduler.plan_step(
+            self._rows_view(),
+            self._prefill_views(),
+            self._victims(),
+            self._waiting_views(),
+            self.limits.capacity(
+                self.allocator.num_free_blocks, self.slots.num_free_slots, num_steps
+            ),
+        )
 
     def _promote(self) -> None:
         """Sequences whose final chunk has been sent join the decode batch."""
@@ -266,16 +273,6 @@ class Batch:
             unowned = [block for block in cached if not self.allocator.num_owners(block)]
             yield Waiting(request.order, request.num_to_prefill, True, cached, unowned)
 
-    def _capacity(self, num_steps: int) -> Capacity:
-        return Capacity(
-            num_free_blocks=self.allocator.num_free_blocks,
-            num_free_slots=self.slots.num_free_slots,
-            block_size=self.limits.block_size,
-            max_batch_tokens=self.limits.max_batch_tokens,
-            watermark_blocks=max(1, self.limits.num_blocks // _WATERMARK_SHARE),
-            num_steps=num_steps,
-        )
-
     def _preempt(self, orders: Sequence[int]) -> None:
         for order in orders:
             request = self._active[order]
@@ -288,6 +285,7 @@ class Batch:
             self._num_preemptions += 1
 
     def _open_slot(self, chunk: Chunk) -> None:
+        self._last_opening = self.last_step
         request = self.queue.take(chunk.order)
         request.open_slot(self.slots.take(), chunk.start)
         self.prefix_cache.take(request, chunk.cached_blocks)

@@ -200,8 +200,7 @@ class Engine:
 
     def _flush(self) -> None:
         for index, messages in self._outbox.take().items():
-            for message in messages:
-                self._frontends[index].link.send(message)
+            self._frontends[index].link.send(*messages)
 
     def _tell_state(self) -> None:
         message = self._status.message()

@@ -37,15 +37,21 @@ class FrontendLink:
         self._writer = writer
         self._take_message = take_message
 
-    def send(self, message: engine_pb2.EngineMessage) -> None:
-        """Sends without blocking. A frontend that stops reading is dropped, not waited for."""
+    def send(self, *messages: engine_pb2.EngineMessage) -> None:
+        """Sends without blocking. A frontend that stops reading is dropped, not waited for.
+
+        What is sent together is one write: each is a call to the kernel and wakes the frontend.
+        """
         if self._writer.is_closing():
             return
         if self._writer.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
             self._writer.transport.abort()
             return
-        payload = message.SerializeToString()
-        self._writer.write(len(payload).to_bytes(_LENGTH_BYTES, "little") + payload)
+        pieces = []
+        for message in messages:
+            payload = message.SerializeToString()
+            pieces += [len(payload).to_bytes(_LENGTH_BYTES, "little"), payload]
+        self._writer.write(b"".join(pieces))
 
     async def read_all(self) -> None:
         """Reads until the frontend closes its end."""

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from coordinator.admission import ModelLimits
 from coordinator.arrival_skew import ArrivalSkew
-from coordinator.batch import Batch, BatchLimits
+from coordinator.batch import Batch
+from coordinator.batch_limits import BatchLimits
 from coordinator.broadcast_time import BroadcastTime
 from coordinator.collective_skew import CollectiveSkew
 from coordinator.config import CoordinatorConfig

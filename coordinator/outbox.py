@@ -13,11 +13,12 @@ from protos.lockstep.v1 import engine_pb2, generate_pb2
 class FrontendOutputs:
     """New tokens and endings of one frontend's requests.
 
-    `handles` and `token_ids` belong together: a token of a request each.
+    For each of `handles` there are as many of `token_ids` as `token_counts` says.
     """
 
     accepted: list[int] = field(default_factory=list)  # handles
     handles: list[int] = field(default_factory=list)
+    token_counts: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[generate_pb2.TokenLogprobs] = field(default_factory=list)
     prompt_pieces: list[engine_pb2.PromptPiece] = field(default_factory=list)
@@ -28,8 +29,7 @@ class FrontendOutputs:
         """Tokens before endings, so that a request's last tokens come before its end."""
         messages = []
         if self.handles or self.accepted or self.prompt_pieces:
-            token_counts = np.ones(len(self.accepted) + len(self.handles), dtype="<i4")
-            token_counts[: len(self.accepted)] = 0
+            token_counts = np.array([0] * len(self.accepted) + self.token_counts, dtype="<i4")
             outputs = engine_pb2.Outputs(
                 handles=np.array([*self.accepted, *self.handles], dtype="<i8").tobytes(),
                 token_counts=token_counts.tobytes(),

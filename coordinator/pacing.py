@@ -2,9 +2,10 @@
 
 Sending a command and hearing of it takes a round trip, during which the ranks must not run dry;
 what arrives meanwhile waits for everything outstanding. So about four milliseconds are kept
-outstanding, and never less than two steps: with steps of 0.6 ms two commands of three steps, with
-steps above 4 ms one step that runs and one behind it. Where the ranks run dry all the same, because
-this host is slow or busy, it becomes more, up to twelve milliseconds.
+outstanding, and never less than two commands, since all results of one may come together: with
+steps of 0.6 ms two commands of three steps, with steps above 4 ms one step that runs and one behind
+it. Where the ranks run dry all the same, because this host is slow or busy, it becomes more, up to
+twelve milliseconds.
 """
 
 from coordinator.outstanding import Outstanding
@@ -14,7 +15,8 @@ _MAX_AHEAD_S = 0.012
 _MAX_IDLE_SHARE = 0.005  # of the ranks' time
 _IDLE_WEIGHT = 0.02  # of the newest step in the share
 _MORE, _LESS = 1.02, 0.9995  # factors a step
-_MIN_STEPS_AHEAD = 2
+_ROUNDING = 0.05  # of a step: three steps of 2.01 ms are six milliseconds
+_MIN_COMMANDS_AHEAD = 2
 _MAX_STEPS_AHEAD = 16
 _MAX_GRANT = 8
 _NEWEST_WEIGHT = 0.1  # of the newest step in the moving averages
@@ -55,12 +57,13 @@ class Pacing:
     @property
     def steps_per_grant(self) -> int:
         """Decode steps of one command, so that two commands are outstanding."""
-        return min(max(1, int(self.ahead_s / 2 / self.decode_step_s)), _MAX_GRANT)
+        num_steps = int(self.ahead_s / 2 / self.decode_step_s + _ROUNDING)
+        return min(max(1, num_steps), _MAX_GRANT)
 
     def wants_more(self, outstanding: Outstanding, num_steps: int) -> bool:
         """A command of `num_steps` decode steps is to be sent now."""
         num_decode, num_mixed = outstanding.num_decode_steps, outstanding.num_mixed_steps
-        if num_decode + num_mixed < _MIN_STEPS_AHEAD:
+        if len(outstanding) < _MIN_COMMANDS_AHEAD:
             return True
         planned_s = (num_decode + num_steps) * self.decode_step_s + num_mixed * self.mixed_step_s
         return planned_s <= self.ahead_s and num_decode + num_mixed + num_steps <= _MAX_STEPS_AHEAD

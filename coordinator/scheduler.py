@@ -109,6 +109,7 @@ class StepPlan:
     num_rows: int = 0
     num_steps: int = 1
     num_active: int = 0  # rows that have a position to compute
+    ends_prompts: bool = True  # nobody is left with a part of its prompt to prefill
 
     @property
     def is_empty(self) -> bool:
@@ -150,8 +151,10 @@ def plan_step(
     )
     chunks, all_end = _continue_prefills(going_on, room, capacity.block_size)
     if all_end and not preempted:
-        chunks += _admit(waiting, num_rows + len(going_on), room, capacity)
-    return StepPlan(preempted, needs, chunks, num_rows, num_steps, _num_active(rows, gone))
+        admitted, all_end = _admit(waiting, num_rows + len(going_on), room, capacity)
+        chunks += admitted
+    num_active = _num_active(rows, gone)
+    return StepPlan(preempted, needs, chunks, num_rows, num_steps, num_active, all_end)
 
 
 @dataclass
@@ -250,11 +253,11 @@ def _continue_prefills(
 
 def _admit(
     waiting: Iterable[Waiting], num_active: int, room: _Room, capacity: Capacity
-) -> list[Chunk]:
-    """First chunks of waiting requests, first come first served."""
+) -> tuple[list[Chunk], bool]:
+    """First chunks of waiting requests, first come first served, and whether their prompts end."""
     chunks: list[Chunk] = []
     if not room.admits():
-        return chunks
+        return chunks, True
     for request in waiting:
         # The whole prompt must have room, though blocks are taken chunk by chunk: a prompt that
         # begins without would be preempted half-way by the rows it runs beside.
@@ -279,6 +282,8 @@ def _admit(
         )
         room.claim(claims)
         room.take(chunks[-1])
+        if start + length < request.prefill_len:
+            return chunks, False
         if not room.admits():
             break
-    return chunks
+    return chunks, True

@@ -17,7 +17,7 @@ from coordinator.metrics import EngineMetrics
 from coordinator.pacing import Pacing
 from coordinator.progress_watch import ProgressWatch
 from coordinator.request_book import RequestBook
-from coordinator.results import apply_result, resolve_result
+from coordinator.results import Resolved, apply_results, resolve_result
 from coordinator.step_log import StepLog
 from coordinator.step_snapshot import snapshot_tables
 from coordinator.worker_group import loss_by_failure
@@ -61,6 +61,7 @@ class StepLoop:
         self._send = send
         self._flush = flush
         self._wakeup = asyncio.Event()
+        self._untold: list[tuple[Resolved, float]] = []  # results whose tokens nobody has yet
         self._heartbeat_idle_s = min(_HEARTBEAT_IDLE_S, step_timeout_s / 4)
         self._last_sent_at = time.monotonic()
         self._last_digest_at = 0.0
@@ -71,10 +72,11 @@ class StepLoop:
         self._wakeup.set()
 
     async def run(self) -> None:
-        """Plans whenever woken; ends only by RankLost from a report or by being cancelled."""
+        """Gives out tokens and plans whenever woken; ends by RankLost or by being cancelled."""
         while True:
             await self._wakeup.wait()
             self._wakeup.clear()
+            self._give_out_tokens()
             self._pump()
 
     async def watch_progress(self) -> None:
@@ -107,11 +109,14 @@ class StepLoop:
                 time.monotonic(),
             )
         elif kind == "failure":
+            self._give_out_tokens()
             raise loss_by_failure(rank, response.failure, self._watch.last_step(rank))
         else:
             raise RankLost(rank, self._watch.last_step(rank) + 1, f"sent an unasked {kind} report")
 
     def _take_result(self, result: worker_pb2.StepResult) -> None:
+        """Plans what comes next. The tokens are given out once the event loop has sent that: the
+        ranks wait for it, and giving out takes longer."""
         now = time.monotonic()
         batch = self._batch
         self._pacing.observe(
@@ -119,22 +124,28 @@ class StepLoop:
         )
         try:
             resolved = resolve_result(result, batch)
-            if resolved.is_plain and not self._plans_need_tokens:
-                # The ranks wait for what comes next, and giving the tokens out takes longer.
-                self._plan()
-            apply_result(resolved, batch, self._book, self._metrics, now)
         except ProtocolBroken as error:
             raise RankLost(0, result.step, str(error)) from error
+        self._untold.append((resolved, now))
+        if not resolved.is_plain:
+            self._give_out_tokens()
         self._watch.reported(0, result.command_id, result.step, result.all_reduce_count, now)
         self._note_clocks(0, result)
-        self._pump()
+        self._plan()
+        self.wake()
+
+    def _give_out_tokens(self) -> None:
+        """Applies the results that have come, in order; their tokens are in the outbox then."""
+        untold, self._untold = self._untold, []
+        try:
+            apply_results(untold, self._batch, self._book, self._metrics)
+        except ProtocolBroken as error:
+            raise RankLost(0, untold[-1][0].result.step, str(error)) from error
 
     @property
     def _plans_need_tokens(self) -> bool:
-        """Who was preempted begins again with all its tokens; a segment of the step log begins
-        with all tokens that there are."""
-        is_log_due = self._log is not None and self._log.is_due
-        return is_log_due or self._batch.queue.num_preempted > 0
+        """Who was preempted begins again with all its tokens."""
+        return self._batch.queue.num_preempted > 0
 
     def _note_clocks(
         self, rank: int, report: worker_pb2.StepResult | worker_pb2.RankProgress
@@ -164,6 +175,8 @@ class StepLoop:
         is_log_due = self._turn_log()
         max_steps = self._pacing.steps_per_grant
         while not is_log_due and self._pacing.wants_more(batch.outstanding, max_steps):
+            if self._plans_need_tokens:
+                self._give_out_tokens()
             now = time.monotonic()
             with_digest = now - self._last_digest_at >= _TABLE_DIGEST_PERIOD_S
             command = batch.next_command(with_digest, max_steps)
@@ -184,6 +197,7 @@ class StepLoop:
 
     def _send_heartbeat(self, now: float) -> None:
         """Tells the ranks what has changed, grants nothing; the step log goes on from there."""
+        self._give_out_tokens()
         if self._last_audited_step != self._batch.last_step:
             self._batch.check()
             self._last_audited_step = self._batch.last_step

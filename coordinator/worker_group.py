@@ -113,11 +113,21 @@ class _StepStream:
     ) -> None:
         try:
             while (report := await self._call.read()) is not grpc.aio.EOF:
-                take_report(self._rank, report)
+                for one in one_by_one(report):
+                    take_report(self._rank, one)
             problem = _describe_end(await self._call.code(), await self._call.details())
         except grpc.aio.AioRpcError as error:
             problem = _describe_end(error.code(), error.details())
         raise RankLost(self._rank, 0, problem)
+
+
+def one_by_one(report: worker_pb2.ExecuteResponse) -> Sequence[worker_pb2.ExecuteResponse]:
+    """The reports that travelled in one message, in order; the message is not to be used again."""
+    if not report.earlier_results:
+        return [report]
+    earlier = [worker_pb2.ExecuteResponse(result=result) for result in report.earlier_results]
+    report.ClearField("earlier_results")
+    return [*earlier, report]
 
 
 def loss_by_failure(rank: int, failure: worker_pb2.RankFailure, last_step: int) -> RankLost:

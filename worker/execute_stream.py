@@ -21,6 +21,7 @@ from worker.errors import CommandRefused
 from worker.idle_clock import IdleClock
 from worker.metrics import WorkerMetrics
 from worker.rank_contract import PendingStep, Rank, StepExecutor, StepTime
+from worker.report_queue import LONGEST_WAIT_S, ReportQueue
 
 _LOG = logging.getLogger(__name__)
 PROGRESS_PERIOD_S = 0.1
@@ -45,7 +46,7 @@ class ExecuteStream:
         self._metrics = metrics
         self._collectives = collectives
         self._loop = asyncio.get_running_loop()
-        self._reports: asyncio.Queue[worker_pb2.ExecuteResponse] = asyncio.Queue()
+        self._reports = ReportQueue()
         self._last_progress = 0.0
         self._last_step = 0
         self._current, self._epoch = (0, 0), 0
@@ -94,9 +95,11 @@ class ExecuteStream:
         if self.last_error:
             return
         self._current, self._epoch = (command.command_id, 0), command.epoch
+        last_step = command.first_step + command.step_count - 1
         try:
             for pending in self._executor.execute(command, arrived):
-                self._results_thread.submit(self._finish, pending).add_done_callback(self._check)
+                ran = self._results_thread.submit(self._finish, pending, pending.step == last_step)
+                ran.add_done_callback(self._check)
         except CommandRefused as refusal:
             self.fail(str(refusal), is_refusal=True)
             return
@@ -104,7 +107,7 @@ class ExecuteStream:
             beat = self._results_thread.submit(self._answer_heartbeat, command.command_id, arrived)
             beat.add_done_callback(self._check)
 
-    def _finish(self, pending: PendingStep) -> None:
+    def _finish(self, pending: PendingStep, is_last: bool) -> None:
         """On the results thread: waits for a step and reports it."""
         took = pending.wait()
         self._idle.step_ended(pending.arrived, took.ended)
@@ -113,7 +116,8 @@ class ExecuteStream:
         self._metrics.observe_step(took.seconds, queued_s, self._comm_since_last_step())
         self._metrics.set_all_reduces(self._executor.num_all_reduces)
         if self._rank.rank == 0:
-            self._send_result(pending, took)
+            # The step behind takes about as long: it is worth waiting for if it is quick.
+            self._send_result(pending, took, not is_last and took.seconds < LONGEST_WAIT_S)
         elif time.monotonic() - self._last_progress >= PROGRESS_PERIOD_S:
             idle_s = self._idle.seconds_before_last_step
             self._send_progress(pending.command_id, pending.arrived, took.seconds, idle_s)
@@ -134,7 +138,7 @@ class ExecuteStream:
             _LOG.error("step failed: %s", message, exc_info=None if is_foreseen else error)
             self.fail(message)
 
-    def _send_result(self, pending: PendingStep, took: StepTime) -> None:
+    def _send_result(self, pending: PendingStep, took: StepTime, may_wait: bool) -> None:
         result = pending.result()
         result.step_micros = _micros(took.seconds)
         result.all_reduce_count = self._executor.num_all_reduces
@@ -142,7 +146,7 @@ class ExecuteStream:
         result.idle_micros = _micros(self._idle.seconds_before_last_step)
         result.comm_micros = self._comm_micros()
         result.collective_count, result.collective_micros = self._collectives.totals
-        self._send(worker_pb2.ExecuteResponse(result=result))
+        self._send(worker_pb2.ExecuteResponse(result=result), may_wait)
 
     def _send_progress(self, command_id: int, arrived: float, step_s: float, idle_s: float) -> None:
         self._last_progress = time.monotonic()
@@ -160,8 +164,8 @@ class ExecuteStream:
         )
         self._send(worker_pb2.ExecuteResponse(progress=progress))
 
-    def _send(self, report: worker_pb2.ExecuteResponse) -> None:
-        self._loop.call_soon_threadsafe(self._reports.put_nowait, report)
+    def _send(self, report: worker_pb2.ExecuteResponse, may_wait: bool = False) -> None:
+        self._loop.call_soon_threadsafe(self._reports.put, report, may_wait)
 
     def _comm_since_last_step(self) -> float | None:
         """Time in collectives; None where it is not measured, and for the first step."""

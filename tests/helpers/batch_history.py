@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.batch import Batch, BatchLimits
+from coordinator.batch import Batch
+from coordinator.batch_limits import BatchLimits
 from coordinator.request import Request, Sampling
 from protos.lockstep.v1 import worker_pb2
 from tests.helpers.fake_tables import FLAG_NOT_FINITE, FakeTables

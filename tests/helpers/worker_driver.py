@@ -9,6 +9,7 @@ import queue
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Self
 import grpc
 import numpy as np
 
+from coordinator.worker_group import one_by_one
 from lockstep.daemon.model_digest import model_digest
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import worker_pb2, worker_pb2_grpc
@@ -72,6 +74,7 @@ class StepStream:
     digest: bytes = bytes(8)
     _outbox: queue.Queue[worker_pb2.ExecuteRequest | None] = field(default_factory=queue.Queue)
     _reports: Any = None
+    _unread: deque[worker_pb2.ExecuteResponse] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         def requests() -> Iterator[worker_pb2.ExecuteRequest]:
@@ -100,7 +103,9 @@ class StepStream:
 
     def report(self) -> worker_pb2.ExecuteResponse:
         """The next report."""
-        return next(self._reports)  # type: ignore[no-any-return]
+        if not self._unread:
+            self._unread += one_by_one(next(self._reports))
+        return self._unread.popleft()
 
     def tokens(self) -> list[int]:
         """Token ids of the next report, which must be a result."""

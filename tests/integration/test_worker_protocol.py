@@ -128,6 +128,28 @@ def test_a_prompt_and_a_step_give_the_tokens_of_transformers(
     assert streams[1].report().progress.step >= 1
 
 
+def test_a_prompt_runs_in_the_first_of_several_steps_and_the_rows_in_all(
+    workers: Workers, streams: list[StepStream]
+) -> None:
+    for stream in streams:
+        stream.send(prefill())
+    row = streams[0].tokens()
+    delta = decode()
+    delta.limits = packed(1, 6)
+    other = prefill(slot=2, block_ids=packed(3))
+    delta.opened_slots.extend(other.opened_slots)
+    delta.chunks, delta.chunk_token_ids = packed(2, 0, 3), other.chunk_token_ids
+    for stream in streams:
+        stream.send(delta, step_count=3)
+    steps = [streams[0].tokens() for _ in range(3)]
+    assert [len(tokens) for tokens in steps] == [2, 1, 1]
+    assert steps[0][1] == row[0], "the same prompt"
+    row += [tokens[0] for tokens in steps]
+    with torch.inference_mode():
+        logits = workers.oracle(torch.tensor([[*_PROMPT, *row[:-1]]])).logits[0]
+    assert row == logits[-4:].argmax(-1).tolist()
+
+
 def test_a_heartbeat_is_answered_by_every_rank(streams: list[StepStream]) -> None:
     for stream in streams:
         stream.send(worker_pb2.TableDelta(), step_count=0)

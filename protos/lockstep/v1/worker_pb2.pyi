@@ -342,14 +342,16 @@ class SlotOpen(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., prompt_len: _Optional[int] = ..., prefill_len: _Optional[int] = ..., limit: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., min_tokens: _Optional[int] = ..., stop_ids: _Optional[bytes] = ..., logprob_count: _Optional[int] = ..., cached_len: _Optional[int] = ..., cached_token_ids: _Optional[bytes] = ..., bias_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., bad_words: _Optional[_Iterable[bytes]] = ..., recent_output_ids: _Optional[bytes] = ..., is_constrained: bool = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
-    __slots__ = ("result", "progress", "failure")
+    __slots__ = ("result", "progress", "failure", "earlier_results")
     RESULT_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    EARLIER_RESULTS_FIELD_NUMBER: _ClassVar[int]
     result: StepResult
     progress: RankProgress
     failure: RankFailure
-    def __init__(self, result: _Optional[_Union[StepResult, _Mapping]] = ..., progress: _Optional[_Union[RankProgress, _Mapping]] = ..., failure: _Optional[_Union[RankFailure, _Mapping]] = ...) -> None: ...
+    earlier_results: _containers.RepeatedCompositeFieldContainer[StepResult]
+    def __init__(self, result: _Optional[_Union[StepResult, _Mapping]] = ..., progress: _Optional[_Union[RankProgress, _Mapping]] = ..., failure: _Optional[_Union[RankFailure, _Mapping]] = ..., earlier_results: _Optional[_Iterable[_Union[StepResult, _Mapping]]] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("command_id", "step", "token_ids", "flags", "logprobs", "top_token_ids", "top_logprobs", "step_micros", "all_reduce_count", "arrival_micros", "idle_micros", "comm_micros", "prompt_logprobs", "prompt_top_token_ids", "prompt_top_logprobs", "collective_count", "collective_micros")

@@ -5,7 +5,8 @@ import pytest
 
 from coordinator.admission import Refused
 from coordinator.admission_control import AdmissionControl, QueueLimits
-from coordinator.batch import Batch, BatchLimits
+from coordinator.batch import Batch
+from coordinator.batch_limits import BatchLimits
 from tests.unit.coordinator.test_request_queue import make_request
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED

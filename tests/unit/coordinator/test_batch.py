@@ -233,6 +233,60 @@ def run(batch: Batch, rank: Rank, max_steps: int = 1) -> None:
     batch.check()
 
 
+def granted(batch: Batch, rank: Rank, max_steps: int) -> tuple[int, int]:
+    """Steps and chunks of the next command, which is run."""
+    before = batch.last_step
+    run(batch, rank, max_steps)
+    return batch.last_step - before, len(rank.deltas[-1].chunks) // 12
+
+
+def decoding_batch() -> tuple[Batch, Rank]:
+    """One sequence decodes, and nobody has begun for a while."""
+    batch = make_batch(num_blocks=400, max_num_seqs=8)
+    rank = Rank(batch)
+    batch.enqueue(make_request(1, [5], 500))
+    assert [granted(batch, rank, 8) for _ in range(3)] == [(1, 1), (8, 0), (8, 0)]
+    return batch, rank
+
+
+def test_who_comes_alone_decodes_from_the_next_step_on() -> None:
+    batch, rank = decoding_batch()
+    batch.enqueue(make_request(2, [2], 100))
+    assert [granted(batch, rank, 4) for _ in range(2)] == [(1, 1), (4, 0)]
+    assert rank.deltas[-1].row_count == 2
+
+
+def test_who_comes_behind_others_begins_at_once_and_decodes_after_a_long_grant() -> None:
+    batch, rank = decoding_batch()
+    counts = []
+    for order in (2, 3, 4, 5):
+        batch.enqueue(make_request(order, [order], 100))
+        counts.append(granted(batch, rank, 4))
+    assert counts == [(1, 1), (4, 1), (4, 1), (4, 1)]
+    assert rank.deltas[-1].row_count == 4  # all but the newest
+    # Nobody for two grants, in which all that have come decode: the next one is alone again.
+    assert [granted(batch, rank, 8) for _ in range(2)] == [(8, 0), (8, 0)]
+    batch.enqueue(make_request(6, [6], 100))
+    assert granted(batch, rank, 4) == (1, 1)
+
+
+def test_the_rest_of_a_prompt_goes_on_with_the_next_step() -> None:
+    batch, rank = decoding_batch()  # 12 tokens a step
+    batch.enqueue(make_request(2, [2], 100))
+    batch.enqueue(make_request(3, [3] * 20, 100))
+    batch.enqueue(make_request(4, [4] * 9, 100))
+    counts = [granted(batch, rank, 4) for _ in range(4)]
+    assert counts == [(1, 2), (1, 1), (4, 1), (4, 0)]
+
+
+def test_a_prompt_that_does_not_end_with_its_first_piece_gets_one_step_behind_others() -> None:
+    batch, rank = decoding_batch()
+    batch.enqueue(make_request(2, [2], 100))
+    assert granted(batch, rank, 4) == (1, 1)
+    batch.enqueue(make_request(3, [3] * 20, 100))
+    assert [granted(batch, rank, 4) for _ in range(3)] == [(1, 1), (1, 1), (4, 0)]
+
+
 @pytest.mark.parametrize(("command_id", "step"), [(2, 2), (1, 2), (2, 1), (0, 0)])
 def test_a_result_out_of_turn_is_refused(command_id: int, step: int) -> None:
     batch = make_batch()

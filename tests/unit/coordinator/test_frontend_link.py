@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from typing import Any, cast
 
 import pytest
 
@@ -44,6 +45,39 @@ def test_frames_cut_anywhere_come_through_whole_and_in_order() -> None:
             await reading
         assert heard == sent
         link.close()
+
+    asyncio.run(run())
+
+
+class Writer:
+    """Keeps what is written, write by write."""
+
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+        self.transport = self
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def write(self, written: bytes) -> None:
+        self.writes.append(written)
+
+
+def test_what_is_sent_together_is_one_write_of_whole_frames() -> None:
+    async def run() -> None:
+        writer = Writer()
+        link = FrontendLink(
+            0, asyncio.StreamReader(), cast(Any, writer), lambda index, message: None
+        )
+        sent = [
+            engine_pb2.EngineMessage(ended=engine_pb2.Ended(handle=handle)) for handle in (1, 2, 3)
+        ]
+        link.send(*sent)
+        packed = [message.SerializeToString() for message in sent]
+        assert writer.writes == [b"".join(len(p).to_bytes(4, "little") + p for p in packed)]
 
     asyncio.run(run())
 

@@ -55,14 +55,21 @@ def test_single_steps_make_up_the_same_time_in_more_commands(micros: int, count:
 
 
 @given(micros=st.integers(1, 10**6), num_steps=st.integers(1, 8))
-def test_the_ranks_never_have_less_than_two_steps_nor_long_queues(
+def test_the_ranks_never_have_less_than_two_commands_nor_long_queues(
     micros: int, num_steps: int
 ) -> None:
     pacing = settled(micros)
     outstanding = Outstanding()
     num_ahead = sum(filled(pacing, outstanding, num_steps))
-    assert num_ahead >= 2
-    assert num_ahead * pacing.decode_step_s <= 0.0041 or num_ahead <= num_steps + 1
+    assert len(outstanding) >= 2
+    assert num_ahead * pacing.decode_step_s <= 0.0041 or num_ahead == 2 * num_steps
+
+
+def test_one_is_sent_behind_a_command_of_many_steps_of_which_none_is_reported() -> None:
+    pacing = settled(2000)
+    outstanding = Outstanding()
+    outstanding.add(SentCommand(1, 1, 3, [], [], has_chunks=True))
+    assert filled(pacing, outstanding, 3) == [3]
 
 
 def test_a_long_step_with_chunks_counts_with_its_own_time() -> None:
@@ -100,6 +107,7 @@ def after_waits(pacing: Pacing, waits_micros: list[int], has_work: bool = True) 
 def test_ranks_that_run_dry_get_more_work_ahead_within_a_bound_and_less_again_later() -> None:
     pacing = settled(2000)
     assert after_waits(pacing, [100] * 300).ahead_s == 0.012
+    assert pacing.steps_per_grant == 3
     assert after_waits(pacing, [0] * 3000).ahead_s == 0.004
 
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.batch import Batch, BatchLimits
+from coordinator.batch import Batch
+from coordinator.batch_limits import BatchLimits
 from coordinator.precedence import Precedence, virtual_arrival
 from coordinator.request import Request, Sampling
 

@@ -15,13 +15,15 @@ from typing import Any
 import grpc
 import pytest
 
+from coordinator.worker_group import one_by_one
 from lockstep.daemon.version import __version__
 from protos.lockstep.v1 import worker_pb2, worker_pb2_grpc
 from protos.lockstep.v1.worker_pb2 import ExecuteRequest, ExecuteResponse, StepCommand, TableDelta
 from tests.helpers import command_fuzz
 from tests.helpers.command_maker import CommandMaker
-from worker import service
+from worker import execute_stream, service
 from worker.metrics import WorkerMetrics
+from worker.report_queue import ReportQueue
 from worker.service import WorkerService
 from worker.simulated.config import simulated_config
 from worker.simulated.rank import SimulatedRank
@@ -48,6 +50,7 @@ class Served:
     ended: list[str]  # why the service wanted the process to end
     rank: int = 0
     epoch: int = 0
+    num_messages: int = 0  # that reports have come in
 
     def hello(self, epoch: int, **changes: int) -> worker_pb2.HelloRequest:
         """The first message of an epoch."""
@@ -89,7 +92,8 @@ class Served:
             await stream.write(ExecuteRequest(command=command))
         reports: list[ExecuteResponse] = []
         async for report in stream:
-            reports.append(report)
+            self.num_messages += 1
+            reports += one_by_one(report)
             is_last = report.progress.command_id == commands[-1].command_id
             if report.WhichOneof("report") == "failure" or is_last:
                 break
@@ -191,6 +195,23 @@ def test_reports_carry_arrival_and_idle_time(tmp_path: Path) -> None:
     # Commands were sent without waiting for results, so they queued up behind steps of 3 ms.
     assert idle[-1] < 3000 * len(results)
     assert reports[-1].progress.idle_micros >= idle[-1]
+
+
+@pytest.mark.parametrize(("step_ms", "num_messages"), [("1", 3), ("7", 8)])
+def test_results_of_quick_steps_travel_together_a_command_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_ms: str, num_messages: int
+) -> None:
+    monkeypatch.setattr(execute_stream, "ReportQueue", lambda: ReportQueue(_LIMIT_S))
+
+    async def drive() -> None:
+        async with served(tmp_path, "--step-ms", step_ms) as worker:
+            maker = await worker.new_epoch()
+            commands = [maker.next(TableDelta(), steps) for steps in (4, 3, 0)]
+            reports = await worker.execute(commands)
+            assert [report.result.step for report in reports[:-1]] == list(range(1, 8))
+            assert worker.num_messages == num_messages
+
+    asyncio.run(drive())
 
 
 def test_a_rank_above_0_reports_progress_and_no_tokens(tmp_path: Path) -> None:
