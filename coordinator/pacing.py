@@ -5,13 +5,15 @@ what arrives meanwhile waits for everything outstanding. So about four milliseco
 outstanding, and never less than two commands, since all results of one may come together: with
 steps of 0.6 ms two commands of three steps, with steps above 4 ms one step that runs and one behind
 it. Where the ranks run dry all the same, because this host is slow or busy, it becomes more, up to
-twelve milliseconds.
+24 milliseconds: larger grants up to six milliseconds, and then more of them, since all that a grant
+takes passes before this host hears of it.
 """
 
 from coordinator.outstanding import Outstanding
 
 _AHEAD_S = 0.004
-_MAX_AHEAD_S = 0.012
+_MAX_AHEAD_S = 0.024
+_MAX_GRANT_S = 0.006
 _MAX_IDLE_SHARE = 0.005  # of the ranks' time
 _IDLE_WEIGHT = 0.02  # of the newest step in the share
 _MORE, _LESS = 1.02, 0.9995  # factors a step
@@ -56,8 +58,9 @@ class Pacing:
 
     @property
     def steps_per_grant(self) -> int:
-        """Decode steps of one command, so that two commands are outstanding."""
-        num_steps = int(self.ahead_s / 2 / self.decode_step_s + _ROUNDING)
+        """Decode steps of one command, so that two commands or more are outstanding."""
+        grant_s = min(self.ahead_s / 2, _MAX_GRANT_S)
+        num_steps = int(grant_s / self.decode_step_s + _ROUNDING)
         return min(max(1, num_steps), _MAX_GRANT)
 
     def wants_more(self, outstanding: Outstanding, num_steps: int) -> bool:

@@ -106,9 +106,9 @@ def after_waits(pacing: Pacing, waits_micros: list[int], has_work: bool = True) 
 
 def test_ranks_that_run_dry_get_more_work_ahead_within_a_bound_and_less_again_later() -> None:
     pacing = settled(2000)
-    assert after_waits(pacing, [100] * 300).ahead_s == 0.012
-    assert pacing.steps_per_grant == 3
-    assert after_waits(pacing, [0] * 3000).ahead_s == 0.004
+    assert after_waits(pacing, [100] * 300).ahead_s == 0.024
+    assert filled(pacing, Outstanding(), pacing.steps_per_grant) == [3, 3, 3, 3]
+    assert after_waits(pacing, [0] * 4000).ahead_s == 0.004
 
 
 def test_ranks_that_wait_because_nobody_asks_get_no_more_work_ahead() -> None:
