@@ -68,5 +68,6 @@ class Pacing:
         num_decode, num_mixed = outstanding.num_decode_steps, outstanding.num_mixed_steps
         if len(outstanding) < _MIN_COMMANDS_AHEAD:
             return True
-        planned_s = (num_decode + num_steps) * self.decode_step_s + num_mixed * self.mixed_step_s
+        planned_s = (num_decode + num_steps - _ROUNDING) * self.decode_step_s
+        planned_s += num_mixed * self.mixed_step_s
         return planned_s <= self.ahead_s and num_decode + num_mixed + num_steps <= _MAX_STEPS_AHEAD
