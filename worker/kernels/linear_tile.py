@@ -24,6 +24,10 @@ class LinearTile:
     num_warps: int = 4
     num_stages: int = 1
 
+    def __str__(self) -> str:
+        sizes = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{sizes}/{self.num_groups}/{self.num_warps}/{self.num_stages}"
+
 
 # Of 60 variants (among them splits over several programs) on the matrices of Llama 8B and Qwen
 # 0.6B and 14B at degrees 1, 2 and 4, on an H200: the best of these few is within 2% of the best of
