@@ -80,6 +80,7 @@ def main(argv: list[str]) -> int:
 
 def works(builder: CaseBuilder) -> Iterator[Work]:
     """Built one at a time: the caches of two would not fit everywhere."""
+    yield from builder.linears(16)
     for num_tokens in (1, 64, 256, 2048):
         yield from builder.row_kernels(num_tokens)
         yield from builder.linears(num_tokens)

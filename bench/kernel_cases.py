@@ -22,6 +22,8 @@ from worker.kernels.embedding import embedding, embedding_reference
 from worker.kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 from worker.kernels.qk_norm_rope_store import qk_norm_rope_store, qk_norm_rope_store_reference
 from worker.kernels.silu_mul import silu_mul, silu_mul_reference
+from worker.linear_table import LinearTable, row_bucket
+from worker.linear_timing import Matrix, graph_timer, measure, with_tiles
 from worker.ops import cuda_ops
 
 BLOCK_SIZE = 16
@@ -93,13 +95,14 @@ class CaseBuilder:
         ]
 
     def linears(self, num_tokens: int) -> list[Work]:
-        """The four matrices of a layer."""
+        """The four matrices of a layer, gate_up also with its activation."""
         shape = self.shape
         num_heads = shape.num_q_heads + 2 * shape.num_kv_heads
         return [
             self._linear("qkv", num_tokens, num_heads * shape.head_dim, shape.hidden_size),
             self._linear("o", num_tokens, shape.hidden_size, shape.num_q_heads * shape.head_dim),
             self._linear("gate_up", num_tokens, 2 * shape.ffn_size, shape.hidden_size),
+            self._linear("gated", num_tokens, 2 * shape.ffn_size, shape.hidden_size, is_gated=True),
             self._linear("down", num_tokens, shape.hidden_size, shape.ffn_size),
         ]
 
@@ -245,22 +248,24 @@ class CaseBuilder:
         peer_name = "torch reference"
         return Work(case, num_tokens, 0, [call] * 16, peer_name, [peer_call] * 16, num_bytes)
 
-    def _linear(self, name: str, num_tokens: int, out_size: int, in_size: int) -> Work:
+    def _linear(
+        self, name: str, num_tokens: int, out_size: int, in_size: int, is_gated: bool = False
+    ) -> Work:
         num_bytes = out_size * in_size * self._item_size
-        weights = [self._randn(out_size, in_size) for _ in range(_num_copies(num_bytes))]
-        x, apply = self._randn(num_tokens, in_size), cuda_ops().linear
-
-        def call(weight: Tensor) -> Call:
-            return lambda: apply(x, weight, None)
-
+        weights = tuple(self._randn(out_size, in_size) for _ in range(_num_copies(num_bytes)))
+        matrix = Matrix(name, weights, None, is_gated)
+        table = vendor = LinearTable({})
+        if row_bucket(num_tokens) is not None:  # as a worker chooses
+            table = with_tiles(vendor, measure([matrix], {}, vendor, graph_timer))
+        out_bytes = num_tokens * out_size * self._item_size // (2 if is_gated else 1)
         return Work(
             f"linear {name}",
             num_tokens,
             0,
-            [call(weight) for weight in weights],
-            "",
-            [],
-            num_bytes + x.nbytes + num_tokens * out_size * self._item_size,
+            [matrix.call(table, num_tokens)] * len(weights),
+            "torch linear",
+            [matrix.call(vendor, num_tokens)] * len(weights),
+            num_bytes + num_tokens * in_size * self._item_size + out_bytes,
             2 * num_tokens * out_size * in_size,
         )
 

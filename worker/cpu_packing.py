@@ -12,6 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from worker.kernels.silu_mul import silu_mul_reference
 from worker.weight_layout import LayerWeights, TransformerWeights
 
 
@@ -46,6 +47,11 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product: Tensor = multiply(x, weight, bias, "none", [], "")
         return product
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def packed_gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `gated_linear`, for a packed or a row-major weight."""
+    return silu_mul_reference(packed_linear(x, weight, bias))
 
 
 def _pack_layer(layer: LayerWeights) -> LayerWeights:

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tpcomm.norm_kernel import add_rms_norm_reference
-from worker.cpu_packing import packed_linear
+from worker.cpu_packing import packed_gated_linear, packed_linear
 from worker.device_tables import DeviceTables
 from worker.forward_batch import PrefillChunks
 from worker.kernels import (
@@ -21,7 +21,6 @@ from worker.kernels import (
     prefill_attention,
     qk_norm_rope_store,
     row_inputs,
-    silu_mul,
 )
 from worker.kernels.triton_language import require_triton
 from worker.sampling.record import BestRecord
@@ -84,8 +83,8 @@ class Ops:
     qk_norm_rope_store: QkNormRopeStore
     decode_attention: DecodeAttention
     prefill_attention: PrefillAttention
-    silu_mul: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    gated_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     embedding: Callable[[Tensor, Tensor, int, int], Tensor]
     row_inputs: Callable[[DeviceTables, int], row_inputs.RowInputs]
     advance_best: Callable[[BestRecord, Tensor, DeviceTables, SlotSampling], advance.Advanced]
@@ -99,8 +98,8 @@ def cpu_ops() -> Ops:
         qk_norm_rope_store=qk_norm_rope_store.qk_norm_rope_store_reference,
         decode_attention=decode_attention.decode_attention_reference,
         prefill_attention=prefill_attention.prefill_attention_reference,
-        silu_mul=silu_mul.silu_mul_reference,
         linear=packed_linear,
+        gated_linear=packed_gated_linear,
         embedding=embedding.embedding_reference,
         row_inputs=row_inputs.row_inputs_reference,
         advance_best=advance.advance_best_reference,
@@ -116,8 +115,8 @@ def cuda_ops() -> Ops:
         qk_norm_rope_store=qk_norm_rope_store.qk_norm_rope_store,
         decode_attention=decode_attention.decode_attention,
         prefill_attention=prefill_attention.prefill_attention,
-        silu_mul=silu_mul.silu_mul,
         linear=linear.linear,
+        gated_linear=linear.gated_linear,
         embedding=embedding.embedding,
         row_inputs=row_inputs.row_inputs,
         advance_best=advance.advance_best,

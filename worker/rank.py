@@ -7,13 +7,15 @@ All methods but `abort` and `recorded` run on the device thread.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 import tpcomm
+from lockstep.daemon.cache_dir import cache_dir
 from protos.lockstep.v1 import worker_pb2
 from worker.config import WorkerConfig
 from worker.cpu_packing import can_pack
@@ -23,11 +25,12 @@ from worker.device_tables import DeviceTables
 from worker.errors import PhaseError
 from worker.executor import StepExecutor
 from worker.kv_cache import KvCache, KvLayout, fitting_blocks, kv_layout
+from worker.linear_choice import choose_linears
 from worker.load_progress import LoadProgress
 from worker.model_runner import ModelRunner
 from worker.models.spec import ModelSpec
 from worker.models.transformer import Transformer
-from worker.ops import cpu_ops, cuda_ops
+from worker.ops import Ops, cpu_ops, cuda_ops
 from worker.path_message import preflight_response
 from worker.record_message import recorded_message
 from worker.sampling.tables import SlotSampling
@@ -51,6 +54,7 @@ class LoadedModel:
     shard: ShardSpec
     weights: TransformerWeights
     report: LoadReport
+    ops: Ops
 
 
 class Rank:
@@ -112,7 +116,7 @@ class Rank:
                 self.memory.by_kind["weights"] = (
                     report.num_parameters * _DTYPES[config.dtype].itemsize
                 )
-            self.loaded = loaded = LoadedModel(config, shard, weights, report)
+            self.loaded = loaded = LoadedModel(config, shard, weights, report, self._ops(weights))
             progress.finish(report)
         else:
             progress.finish(None)
@@ -233,11 +237,17 @@ class Rank:
         dtype = _DTYPES[loaded.config.dtype]
         return kv_layout(self.spec, loaded.shard, loaded.config.block_size, dtype)
 
+    def _ops(self, weights: TransformerWeights) -> Ops:
+        """The device's operations; on CUDA each product by the kernel that is fastest here."""
+        if self.device.type == "cpu":
+            return cpu_ops()
+        linears = choose_linears(weights, cache_dir(os.environ))
+        return replace(cuda_ops(), linear=linears.linear, gated_linear=linears.gated_linear)
+
     def _make_runner(
         self, loaded: LoadedModel, comm: tpcomm.Communicator, kv_cache: KvCache
     ) -> ModelRunner:
-        config, shard = loaded.config, loaded.shard
-        ops = cuda_ops() if self.device.type == "cuda" else cpu_ops()
+        config, shard, ops = loaded.config, loaded.shard, loaded.ops
         return ModelRunner(
             model=Transformer(
                 self.spec, shard, loaded.weights, comm, ops, max_position=config.max_model_len

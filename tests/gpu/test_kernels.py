@@ -23,7 +23,7 @@ from worker.kernels.embedding import _embedding_kernel
 from worker.kernels.norm import _rms_norm_kernel
 from worker.kernels.prefill_attention import _prefill_attention_kernel
 from worker.kernels.qk_norm_rope_store import _qk_norm_rope_store_kernel
-from worker.kernels.silu_mul import _silu_mul_kernel
+from worker.kernels.silu_mul import _silu_mul_kernel, silu_mul
 from worker.ops import Ops, cuda_ops
 
 pytestmark = [
@@ -193,7 +193,7 @@ def _run_step(ops: Ops, num_tokens: int, num_chunks: int, offset: int) -> None:
     hidden = torch.randn(num_tokens, 512, device=DEVICE, dtype=torch.bfloat16)
     weight = torch.randn(512, device=DEVICE, dtype=torch.bfloat16)
     ops.rms_norm(hidden, weight, 1e-5)
-    ops.silu_mul(hidden)
+    silu_mul(hidden)
     embeddings = torch.randn(64, 512, device=DEVICE, dtype=torch.bfloat16)
     ops.embedding(indices(torch.int64, torch.arange(num_tokens)), embeddings, 0, 64)
     cache = torch.zeros(80, 2, 2, 16, 2, 64, device=DEVICE, dtype=torch.bfloat16)
@@ -291,7 +291,7 @@ class _Layer:
         prefilled = ops.prefill_attention(q[rows:], *layer, self._chunks, *tail)
         attended = torch.cat((decoded, prefilled)).flatten(1)
         normed = ops.add_rms_norm(attended, residual, norm_weight, 1e-5)
-        activated = ops.silu_mul(ops.linear(normed, self._gate_up, None))
+        activated = ops.gated_linear(normed, self._gate_up, None)
         return [q, attended, residual, normed, activated, k_cache, v_cache]
 
     @staticmethod

@@ -151,7 +151,7 @@ class Transformer:
 
     def _feed_forward(self, normed: Tensor, layer: LayerWeights) -> Tensor:
         """silu(gate) * up, projected down: this rank's part of the sum, [num_rows, hidden_size]."""
-        gated = self._ops.silu_mul(self._ops.linear(normed, layer.gate_up, layer.gate_up_bias))
+        gated = self._ops.gated_linear(normed, layer.gate_up, layer.gate_up_bias)
         return self._ops.linear(gated, layer.down, layer.down_bias)
 
     def _sum_into(self, residual: Tensor, partial: Tensor, norm: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lockstep import demo_model
-from lockstep.demo_model import FOLDER_NAME, GGUF_MEMBER, cache_dir, demo_model_dir
+from lockstep.demo_model import FOLDER_NAME, GGUF_MEMBER, demo_model_dir
 from lockstep.errors import DemoModelError
 
 
@@ -41,22 +41,6 @@ def fake_convert(monkeypatch: pytest.MonkeyPatch) -> None:
         (target / "config.json").write_bytes(source.read_bytes())
 
     monkeypatch.setattr(demo_model, "convert_gguf", convert)
-
-
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({"XDG_CACHE_HOME": "/x y", "HOME": "/h"}, "/x y/lockstep"),
-        ({"HOME": "/h"}, "/h/.cache/lockstep"),
-        ({"XDG_CACHE_HOME": "relative", "HOME": "/h"}, "/h/.cache/lockstep"),
-    ],
-)
-def test_cache_dir_follows_xdg_then_home(environ: dict[str, str], expected: str) -> None:
-    assert cache_dir(environ) == Path(expected)
-
-
-def test_cache_dir_without_home_is_a_temporary_folder_of_this_user() -> None:
-    assert cache_dir({}).name == f"lockstep-{os.getuid()}"
 
 
 def test_demo_model_variable_skips_everything(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ready file, digest and death signal behave as the daemons rely on."""
+"""Ready file, cache folder, digest and death signal behave as the daemons rely on."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.daemon.cache_dir import cache_dir
 from lockstep.daemon.model_digest import ModelDirError, model_digest
 from lockstep.daemon.ready_file import write_ready_file
 
@@ -17,6 +18,22 @@ def test_ready_file_is_whole_and_leaves_no_partial(tmp_path: Path) -> None:
     write_ready_file(path, role="worker", rank=1, grpc="127.0.0.1:5", metrics="127.0.0.1:6")
     assert json.loads(path.read_text())["pid"] == os.getpid()
     assert [entry.name for entry in tmp_path.iterdir()] == ["ready.json"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"XDG_CACHE_HOME": "/x y", "HOME": "/h"}, "/x y/lockstep"),
+        ({"HOME": "/h"}, "/h/.cache/lockstep"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/h"}, "/h/.cache/lockstep"),
+    ],
+)
+def test_cache_dir_follows_xdg_then_home(environ: dict[str, str], expected: str) -> None:
+    assert cache_dir(environ) == Path(expected)
+
+
+def test_cache_dir_without_home_is_a_temporary_folder_of_this_user() -> None:
+    assert cache_dir({}).name == f"lockstep-{os.getuid()}"
 
 
 def test_model_digest_changes_with_config_and_index(tmp_path: Path) -> None:

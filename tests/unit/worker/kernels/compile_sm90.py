@@ -7,6 +7,7 @@ driver. Prints one JSON object a kernel: name, dtype, shared memory in bytes, te
 
 from __future__ import annotations
 
+import itertools
 import json
 from types import ModuleType
 from typing import Any
@@ -24,12 +25,16 @@ from worker.kernels import (
     advance,
     decode_attention,
     embedding,
+    few_rows_linear,
     norm,
+    one_row_linear,
     prefill_attention,
     qk_norm_rope_store,
     row_inputs,
     silu_mul,
 )
+from worker.kernels.linear_tile import ROW_BUCKETS, tiles_for
+from worker.kernels.small_linear import small_linear
 from worker.sampling import SlotSampling
 from worker.sampling.record import RECORD_WORDS, BestRecord
 
@@ -111,6 +116,14 @@ def compile_attention(dtype: torch.dtype, heads: HeadShape, block_size: int) -> 
     prefill_attention.prefill_attention(q, k_cache, v_cache, table, chunks, *tail)
 
 
+def compile_small_linear(dtype: torch.dtype, use_pdl: bool) -> None:
+    for num_rows, in_size in itertools.product(ROW_BUCKETS, (4096, 4112)):
+        x, weight, bias = _empty(dtype, num_rows, in_size), _empty(dtype, 4096, in_size), None
+        for is_gated, tile in itertools.product((False, True), tiles_for(num_rows, in_size, True)):
+            small_linear(x, weight, bias, tile, is_gated, use_pdl)
+            bias = _empty(dtype, 4096)
+
+
 def compile_step() -> None:
     meta = torch.device("meta")
     tables, sampling = DeviceTables(9, 512, 16, meta), SlotSampling(10, 1000, 0, meta)
@@ -129,6 +142,8 @@ def main() -> None:
         (qk_norm_rope_store, "_qk_norm_rope_store_kernel"),
         (decode_attention, "_decode_attention_kernel"),
         (decode_attention, "_join_splits_kernel"),
+        (one_row_linear, "_one_row_linear_kernel"),
+        (few_rows_linear, "_few_rows_linear_kernel"),
         (prefill_attention, "_prefill_attention_kernel"),
         (row_inputs, "_row_inputs_kernel"),
         (advance, "_advance_best_kernel"),
@@ -137,6 +152,8 @@ def main() -> None:
     compile_step()
     compile_elementwise(torch.bfloat16)
     compile_elementwise(torch.float32)
+    compile_small_linear(torch.bfloat16, use_pdl=True)
+    compile_small_linear(torch.float16, use_pdl=False)
     compile_attention(torch.float16, HeadShape(9, 3, 3, 0, 64), 16)
     compile_attention(torch.float32, HeadShape(9, 3, 3, 0, 64), 16)
     for heads, block_size in (

@@ -15,8 +15,10 @@ import torch
 from triton.runtime import interpreter
 
 from tests.helpers.kernel_checks import HEAD_SHAPES, KernelChecks
+from tests.helpers.linear_checks import LinearChecks
 from tests.helpers.step_kernel_checks import check_advance_best, check_row_inputs
 from worker.kernels.decode_attention import decode_attention
+from worker.kernels.linear_tile import LinearTile
 from worker.ops import cuda_ops
 
 
@@ -31,9 +33,23 @@ def allow_numpy_2_4() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def sweep_small_linear() -> None:
+    """Whole and ragged tiles, with and without groups, both kernels."""
+    checks = LinearChecks(torch.device("cpu"), torch.float16)
+    one_row = (LinearTile(1, 4, 64), LinearTile(1, 8, 512))
+    few_rows = (LinearTile(16, 64, 64), LinearTile(16, 32, 32, num_groups=2))
+    for num_rows, tiles in ((1, one_row), (3, few_rows), (16, few_rows)):
+        for tile in tiles:
+            for out_size, in_size in ((64, 512), (38, 336)):
+                checks.product(num_rows, out_size, in_size, tile, has_bias=out_size == 38)
+                checks.product(num_rows, out_size, in_size, tile, is_gated=True)
+            checks.product(num_rows, 38, 336, tile, has_bias=True, is_gated=True)
+
+
 def main() -> None:
     allow_numpy_2_4()
     torch.set_num_threads(1)
+    sweep_small_linear()
     check_row_inputs(cuda_ops(), torch.device("cpu"))
     for world_size in (1, 2, 4):
         check_advance_best(cuda_ops(), torch.device("cpu"), world_size)

@@ -29,6 +29,8 @@ def test_every_kernel_compiles_for_hopper_within_its_limits(tmp_path: Path) -> N
         "_qk_norm_rope_store_kernel",
         "_decode_attention_kernel",
         "_join_splits_kernel",
+        "_one_row_linear_kernel",
+        "_few_rows_linear_kernel",
         "_prefill_attention_kernel",
         "_row_inputs_kernel",
         "_advance_best_kernel",
@@ -37,6 +39,7 @@ def test_every_kernel_compiles_for_hopper_within_its_limits(tmp_path: Path) -> N
         assert report["cubin_bytes"] > 0
         assert report["shared_bytes"] <= SHARED_BYTES_PER_BLOCK, report
         assert not report["tf32"], report
-        assert report["waits_for_previous"], report
-        if report["kernel"].endswith("attention_kernel"):
+        if "linear" not in report["kernel"]:
+            assert report["waits_for_previous"], report
+        if report["kernel"].endswith(("attention_kernel", "few_rows_linear_kernel")):
             assert report["tensor_core"] == (report["dtype"] != "torch.float32"), report
