@@ -23,7 +23,7 @@ from worker.kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 from worker.kernels.qk_norm_rope_store import qk_norm_rope_store, qk_norm_rope_store_reference
 from worker.kernels.silu_mul import silu_mul, silu_mul_reference
 from worker.linear_table import LinearTable, row_bucket
-from worker.linear_timing import Matrix, graph_timer, measure, with_tiles
+from worker.linear_timing import Matrix, graph_timer, measure, table_of
 from worker.ops import cuda_ops
 
 BLOCK_SIZE = 16
@@ -256,7 +256,7 @@ class CaseBuilder:
         matrix = Matrix(name, weights, None, is_gated)
         table = vendor = LinearTable({})
         if row_bucket(num_tokens) is not None:  # as a worker chooses
-            table = with_tiles(vendor, measure([matrix], {}, vendor, graph_timer))
+            table = table_of(measure([matrix], {}, graph_timer))
         out_bytes = num_tokens * out_size * self._item_size // (2 if is_gated else 1)
         return Work(
             f"linear {name}",

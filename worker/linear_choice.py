@@ -11,27 +11,24 @@ import torch
 
 from worker.linear_file import keep_choices, origin_of, read_choices
 from worker.linear_table import LinearCase, LinearTable
-from worker.linear_timing import Matrix, Measured, graph_timer, matrices, measure, with_tiles
+from worker.linear_timing import Matrix, Measured, graph_timer, matrices, measure, table_of
 from worker.weight_layout import TransformerWeights
 
 _LOG = logging.getLogger(__name__)
 
 
-def choose_linears(weights: TransformerWeights, folder: Path, use_pdl: bool = False) -> LinearTable:
+def choose_linears(weights: TransformerWeights, folder: Path) -> LinearTable:
     """The table for these weights on their CUDA device; measurements are kept in `folder`.
-
-    With use_pdl our kernels may be launched before the kernel ahead of them has ended.
 
     Float32 keeps the vendor's kernels: its products are to be the same at every degree.
     """
     device = weights.embedding.device
-    table = LinearTable({}, use_pdl)
     if weights.embedding.dtype is torch.float32:
-        return table
+        return LinearTable({})
     begun = time.monotonic()
-    origin, found = origin_of(device, use_pdl), matrices(weights)
+    origin, found = origin_of(device), matrices(weights)
     known = read_choices(folder, origin)
-    chosen = measure(found, known, table, graph_timer)
+    chosen = measure(found, known, graph_timer)
     is_new = not chosen.keys() <= known.keys()
     if is_new:
         held = keep_choices(folder, origin, chosen)
@@ -41,7 +38,7 @@ def choose_linears(weights: TransformerWeights, folder: Path, use_pdl: bool = Fa
     source = "measured" if is_new else "known"
     took = time.monotonic() - begun
     _LOG.info("kernels of %d products %s in %.1f s", len(chosen), source, took)
-    return with_tiles(table, chosen)
+    return table_of(chosen)
 
 
 def describe(found: Sequence[Matrix], chosen: Mapping[LinearCase, Measured]) -> list[str]:

@@ -24,13 +24,12 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """What a measurement holds for: device, versions, a digest of the kernels, how they launch."""
+    """What a measurement holds for: device, versions, a digest of the kernels."""
 
     device: str
     torch: str
     triton: str
     kernels: str
-    use_pdl: bool = False
 
     def path(self, folder: Path) -> Path:
         """The file of these measurements."""
@@ -38,7 +37,7 @@ class Origin:
         return folder / f"linears-{digest[:16]}.json"
 
 
-def origin_of(device: torch.device, use_pdl: bool) -> Origin:
+def origin_of(device: torch.device) -> Origin:
     """Of measurements on this device by this installation."""
     modules = (linear_tile, weight_tiles, one_row_linear, few_rows_linear)
     sources = [Path(str(module.__file__)).read_bytes() for module in modules]
@@ -47,7 +46,6 @@ def origin_of(device: torch.device, use_pdl: bool) -> Origin:
         torch=torch.__version__,
         triton=triton.__version__,
         kernels=hashlib.sha256(b"".join(sources)).hexdigest(),
-        use_pdl=use_pdl,
     )
 
 

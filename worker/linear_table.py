@@ -33,21 +33,20 @@ class LinearTable:
     """
 
     tiles: Mapping[LinearCase, LinearTile]
-    use_pdl: bool = False
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As `worker.kernels.linear.linear`, up to rounding."""
         tile = self._tile(x, weight, is_gated=False)
         if tile is None:
             return linear(x, weight, bias)
-        return small_linear(x, weight, bias, tile, use_pdl=self.use_pdl)
+        return small_linear(x, weight, bias, tile)
 
     def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As `worker.kernels.linear.gated_linear`, up to rounding."""
         tile = self._tile(x, weight, is_gated=True)
         if tile is None:
             return silu_mul(self.linear(x, weight, bias))
-        return small_linear(x, weight, bias, tile, is_gated=True, use_pdl=self.use_pdl)
+        return small_linear(x, weight, bias, tile, is_gated=True)
 
     def _tile(self, x: Tensor, weight: Tensor, is_gated: bool) -> LinearTile | None:
         bucket = row_bucket(x.shape[0])

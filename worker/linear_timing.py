@@ -80,7 +80,6 @@ def matrices(weights: TransformerWeights) -> list[Matrix]:
 def measure(
     found: Sequence[Matrix],
     known: Mapping[LinearCase, Measured],
-    empty: LinearTable,
     timer: Timer,
 ) -> dict[LinearCase, Measured]:
     """A choice for every case of `found`: the known one, or the fastest now."""
@@ -88,15 +87,15 @@ def measure(
     for matrix in found:
         for case in matrix.cases():
             if case not in chosen:
-                table = with_tiles(empty, chosen)
+                table = table_of(chosen)
                 chosen[case] = known.get(case) or _fastest(matrix, case, table, timer)
     return chosen
 
 
-def with_tiles(table: LinearTable, chosen: Mapping[LinearCase, Measured]) -> LinearTable:
-    """A table like `table` of these choices."""
+def table_of(chosen: Mapping[LinearCase, Measured]) -> LinearTable:
+    """The table of these choices."""
     tiles = {case: one.tile for case, one in chosen.items() if one.tile is not None}
-    return LinearTable(tiles, table.use_pdl)
+    return LinearTable(tiles)
 
 
 def graph_timer(matrix: Matrix, table: LinearTable, num_rows: int) -> float:
@@ -110,8 +109,7 @@ def _fastest(matrix: Matrix, case: LinearCase, table: LinearTable, timer: Timer)
         tiles = dict(table.tiles)
         if tile is not None:
             tiles[case] = tile
-        tried = LinearTable(tiles, table.use_pdl)
-        return timer(matrix, tried, case.num_rows)
+        return timer(matrix, LinearTable(tiles), case.num_rows)
 
     vendor_us = time(None)
     times = {tile: time(tile) for tile in tiles_for(case.num_rows, case.in_size, case.is_gated)}

@@ -26,24 +26,20 @@ DEVICE = torch.device("cuda", 0)
 SHAPES = ((1536, 4096), (1000, 4112), (4096, 1040), (6144, 14336), (37, 4096))
 
 
-@pytest.mark.parametrize("use_pdl", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 2, 8, 13, 32])
-def test_every_variant_equals_its_reference(
-    num_rows: int, dtype: torch.dtype, use_pdl: bool
-) -> None:
+def test_every_variant_equals_its_reference(num_rows: int, dtype: torch.dtype) -> None:
     checks = LinearChecks(DEVICE, dtype)
     for out_size, in_size in SHAPES:
         for tile in tiles_for(_bucket(num_rows), in_size, is_gated=True):
             shape = (num_rows, out_size, in_size, tile)
-            checks.product(*shape, has_bias=out_size == 1000, use_pdl=use_pdl)
+            checks.product(*shape, has_bias=out_size == 1000)
             if out_size % 2 == 0:
-                checks.product(*shape, has_bias=out_size == 1000, is_gated=True, use_pdl=use_pdl)
+                checks.product(*shape, has_bias=out_size == 1000, is_gated=True)
 
 
-@pytest.mark.parametrize("use_pdl", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 8, 16])
-def test_replayed_chains_are_what_eager_calls_give(num_rows: int, use_pdl: bool) -> None:
+def test_replayed_chains_are_what_eager_calls_give(num_rows: int) -> None:
     """Each product takes the last one's result, so a launch that does not wait would be seen."""
     tiles = tiles_for(_bucket(num_rows), 4096, is_gated=False) * 3
     weights = [torch.randn(4096, 4096, device=DEVICE).bfloat16() / 64 for _ in tiles]
@@ -52,7 +48,7 @@ def test_replayed_chains_are_what_eager_calls_give(num_rows: int, use_pdl: bool)
     def chain() -> torch.Tensor:
         last = x
         for tile, weight in zip(tiles, weights, strict=True):
-            last = small_linear(last, weight, None, tile, use_pdl=use_pdl)
+            last = small_linear(last, weight, None, tile)
         return last
 
     chain()

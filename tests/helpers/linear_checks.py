@@ -35,13 +35,12 @@ class LinearChecks:
         *,
         has_bias: bool = False,
         is_gated: bool = False,
-        use_pdl: bool = False,
     ) -> None:
         """Equal to the reference, twice in a row to the bit, whatever lies behind x and weight."""
         x = self._guarded(num_rows, in_size, seed=0)
         weight = self._guarded(out_size, in_size, seed=1, scale=in_size**-0.5)
         bias = self._guarded(1, out_size, seed=2)[0] if has_bias else None
-        call = (x, weight, bias, tile, is_gated, use_pdl)
+        call = (x, weight, bias, tile, is_gated)
         found = small_linear(*call)
         reference = gated_small_linear_reference if is_gated else small_linear_reference
         wanted = reference(x.float().cpu(), weight.float().cpu(), _upcast(bias))

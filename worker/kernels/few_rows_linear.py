@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tpcomm.triton_language import after_previous, early_launch
 from worker.kernels.linear_tile import LinearTile
 from worker.kernels.triton_language import jit, tl
 from worker.kernels.weight_tiles import load_weights
@@ -32,7 +33,6 @@ def _few_rows_linear_kernel(
     NUM_GROUPS: tl.constexpr,
     EVEN_K: tl.constexpr,
     GATED: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
@@ -51,9 +51,7 @@ def _few_rows_linear_kernel(
         sums = tl.zeros((NUM_GROUPS, BLOCK_N, BLOCK_M), tl.float32)
     up_sums = sums
     to_up = N.to(tl.int64) * K
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    after_previous()
     for k in range(0, K, NUM_GROUPS * BLOCK_K):
         is_x = is_row if EVEN_K else is_row & (x_ks < K - k)
         x = tl.load(x_tile, mask=is_x, other=0.0)
@@ -83,7 +81,6 @@ def few_rows_linear(
     bias: Tensor | None,
     tile: LinearTile,
     is_gated: bool,
-    use_pdl: bool,
 ) -> Tensor:
     """`small_linear` of x [up to tile.block_m, in_size]."""
     num_rows, in_size = x.shape
@@ -103,9 +100,8 @@ def few_rows_linear(
         NUM_GROUPS=tile.num_groups,
         EVEN_K=in_size % (tile.num_groups * tile.block_k) == 0,
         GATED=is_gated,
-        USE_PDL=use_pdl,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **({"launch_pdl": True} if use_pdl else {}),
+        **early_launch(),
     )
     return out

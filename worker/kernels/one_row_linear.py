@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tpcomm.triton_language import after_previous, early_launch
 from worker.kernels.linear_tile import LinearTile
 from worker.kernels.triton_language import jit, tl
 from worker.kernels.weight_tiles import load_weights
@@ -27,7 +28,6 @@ def _one_row_linear_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     GATED: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)[None, :]
@@ -39,9 +39,7 @@ def _one_row_linear_kernel(
     up = weight
     if GATED:
         up = load_weights(weights + to_up, ks, K, EVEN_K).to(tl.float32)
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    after_previous()
     x = tl.load(x_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
     sums = weight * x
     up_sums = up * x
@@ -72,7 +70,6 @@ def one_row_linear(
     bias: Tensor | None,
     tile: LinearTile,
     is_gated: bool,
-    use_pdl: bool,
 ) -> Tensor:
     """`small_linear` of x [1, in_size]."""
     in_size = x.shape[1]
@@ -89,8 +86,7 @@ def one_row_linear(
         BLOCK_K=tile.block_k,
         EVEN_K=in_size % tile.block_k == 0,
         GATED=is_gated,
-        USE_PDL=use_pdl,
         num_warps=tile.num_warps,
-        **({"launch_pdl": True} if use_pdl else {}),
+        **early_launch(),
     )
     return out

@@ -34,18 +34,17 @@ def small_linear(
     bias: Tensor | None,
     tile: LinearTile,
     is_gated: bool = False,
-    use_pdl: bool = False,
 ) -> Tensor:
     """One of the references above as one kernel, for float16 and bfloat16; a new tensor.
 
-    At most tile.block_m rows; in_size a multiple of 16. With use_pdl the launch may begin before
-    the kernel ahead of it has ended, and waits for it before it reads x.
+    At most tile.block_m rows; in_size a multiple of 16. The weights may be read before the kernel
+    ahead has ended, so it must not be the one that writes them.
     """
     assert x.is_contiguous() and weight.is_contiguous(), (x.stride(), weight.stride())
     assert x.dtype == weight.dtype and x.shape[1] == weight.shape[1], (x.shape, weight.shape)
     assert x.shape[0] <= tile.block_m, (x.shape, tile)
     launch = one_row_linear if tile.block_m == 1 else few_rows_linear
-    return launch(x, weight, bias, tile, is_gated, use_pdl)
+    return launch(x, weight, bias, tile, is_gated)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,10 +15,9 @@ from worker.kernels.linear_tile import ROW_BUCKETS, LinearTile, tiles_for
 from worker.linear_choice import describe
 from worker.linear_file import Origin, keep_choices, read_choices
 from worker.linear_table import LinearCase, LinearTable, row_bucket
-from worker.linear_timing import Matrix, Measured, measure, with_tiles
+from worker.linear_timing import Matrix, Measured, measure, table_of
 
 ORIGIN = Origin("a GPU", "2.11.0", "3.6.0", "digest")
-EMPTY = LinearTable({})
 FAST = tiles_for(16, 4096, is_gated=True)[1]
 
 
@@ -50,14 +49,14 @@ def case(num_rows: int = 16, out_size: int = 96, is_gated: bool = False) -> Line
 
 
 def test_the_fastest_variant_is_chosen_where_it_beats_the_vendor() -> None:
-    chosen = measure([matrix(), matrix(is_gated=True)], {}, EMPTY, FakeTimer())
+    chosen = measure([matrix(), matrix(is_gated=True)], {}, FakeTimer())
     assert chosen[case()] == chosen[case(is_gated=True)] == Measured(FAST, 10.0, 5.0)
     assert chosen[case(1)] == Measured(None, 10.0, 12.0)
-    assert with_tiles(EMPTY, chosen).tiles == {case(): FAST, case(is_gated=True): FAST}
+    assert table_of(chosen).tiles == {case(): FAST, case(is_gated=True): FAST}
 
 
 def test_a_gain_that_may_be_noise_is_none() -> None:
-    chosen = measure([matrix()], {}, EMPTY, FakeTimer(fast_us=9.9))
+    chosen = measure([matrix()], {}, FakeTimer(fast_us=9.9))
     assert chosen[case()] == Measured(None, 10.0, 9.9)
 
 
@@ -65,7 +64,7 @@ def test_known_and_repeated_shapes_are_not_measured() -> None:
     timer = FakeTimer()
     known = {case(num_rows): Measured(None, 1.0, 2.0) for num_rows in ROW_BUCKETS}
     found = [matrix(), matrix(64), matrix(64)]
-    assert measure(found, known, EMPTY, timer).items() >= known.items()
+    assert measure(found, known, timer).items() >= known.items()
     assert {one.out_size for one in timer.asked} == {64}
     tries = [1 + len(tiles_for(num_rows, 4096, False)) for num_rows in ROW_BUCKETS]
     assert len(timer.asked) == sum(tries)
@@ -73,7 +72,7 @@ def test_known_and_repeated_shapes_are_not_measured() -> None:
 
 def test_rows_that_are_not_aligned_keep_the_vendors_kernel() -> None:
     timer = FakeTimer()
-    chosen = measure([matrix(in_size=4104)], {}, EMPTY, timer)
+    chosen = measure([matrix(in_size=4104)], {}, timer)
     assert all(one.tile is None for one in chosen.values())
     assert len(timer.asked) == len(ROW_BUCKETS)
 
@@ -83,13 +82,13 @@ def test_a_table_takes_the_bucket_that_covers_the_rows() -> None:
     x = torch.ones(9, 32)
     weight = torch.ones(4, 32)
     # No case of float32 is in the table: the vendor's kernel answers, on any device.
-    table = replace(EMPTY, tiles={LinearCase(16, 4, 32, torch.bfloat16): FAST})
+    table = LinearTable({LinearCase(16, 4, 32, torch.bfloat16): FAST})
     assert torch.equal(table.linear(x, weight, None), torch.full((9, 4), 32.0))
 
 
 def test_choices_are_found_again(tmp_path: Path) -> None:
     folder = tmp_path / "not yet there"
-    chosen = measure([matrix(), matrix(is_gated=True)], {}, EMPTY, FakeTimer())
+    chosen = measure([matrix(), matrix(is_gated=True)], {}, FakeTimer())
     assert keep_choices(folder, ORIGIN, chosen) == chosen
     assert read_choices(folder, ORIGIN) == chosen
     assert [path.name[:8] for path in folder.iterdir()] == ["linears-"]
@@ -153,6 +152,6 @@ def test_a_folder_that_cannot_be_made_is_only_logged(
 
 
 def test_the_log_says_both_times() -> None:
-    chosen = measure([matrix()], {}, EMPTY, FakeTimer())
+    chosen = measure([matrix()], {}, FakeTimer())
     [line] = describe([matrix()], chosen)
     assert "m [96x4096]" in line and "10.0 us" in line and "5.0 us" in line

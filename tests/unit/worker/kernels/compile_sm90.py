@@ -116,11 +116,11 @@ def compile_attention(dtype: torch.dtype, heads: HeadShape, block_size: int) -> 
     prefill_attention.prefill_attention(q, k_cache, v_cache, table, chunks, *tail)
 
 
-def compile_small_linear(dtype: torch.dtype, use_pdl: bool) -> None:
+def compile_small_linear(dtype: torch.dtype) -> None:
     for num_rows, in_size in itertools.product(ROW_BUCKETS, (4096, 4112)):
         x, weight, bias = _empty(dtype, num_rows, in_size), _empty(dtype, 4096, in_size), None
         for is_gated, tile in itertools.product((False, True), tiles_for(num_rows, in_size, True)):
-            small_linear(x, weight, bias, tile, is_gated, use_pdl)
+            small_linear(x, weight, bias, tile, is_gated)
             bias = _empty(dtype, 4096)
 
 
@@ -152,8 +152,8 @@ def main() -> None:
     compile_step()
     compile_elementwise(torch.bfloat16)
     compile_elementwise(torch.float32)
-    compile_small_linear(torch.bfloat16, use_pdl=True)
-    compile_small_linear(torch.float16, use_pdl=False)
+    compile_small_linear(torch.bfloat16)
+    compile_small_linear(torch.float16)
     compile_attention(torch.float16, HeadShape(9, 3, 3, 0, 64), 16)
     compile_attention(torch.float32, HeadShape(9, 3, 3, 0, 64), 16)
     for heads, block_size in (

@@ -39,7 +39,7 @@ def test_every_kernel_compiles_for_hopper_within_its_limits(tmp_path: Path) -> N
         assert report["cubin_bytes"] > 0
         assert report["shared_bytes"] <= SHARED_BYTES_PER_BLOCK, report
         assert not report["tf32"], report
-        if "linear" not in report["kernel"]:
-            assert report["waits_for_previous"], report
+        # The products ask for weights, which no kernel writes, before they wait.
+        assert report["waits_for_previous"] or report["kernel"] == "_one_row_linear_kernel", report
         if report["kernel"].endswith(("attention_kernel", "few_rows_linear_kernel")):
             assert report["tensor_core"] == (report["dtype"] != "torch.float32"), report
