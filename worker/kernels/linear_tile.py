@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 # Measured at these numbers of rows; each choice serves those down to the one before. Beyond, the
 # vendor's kernels are as fast.
-ROW_BUCKETS = (1, 8, 16, 32)
+ROW_BUCKETS = (1, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ _UP_TO_8 = (
 )
 _UP_TO_16 = (LinearTile(16, 64, 128, num_stages=5), LinearTile(16, 16, 64, 4, num_stages=5))
 _UP_TO_32 = (LinearTile(32, 64, 128, num_stages=5),)
-_TILES = dict(zip(ROW_BUCKETS, (_ONE_ROW, _UP_TO_8, _UP_TO_16, _UP_TO_32), strict=True))
+_UP_TO_64 = (LinearTile(64, 64, 128, num_stages=4), LinearTile(64, 64, 64, num_stages=6))
+_TILES = dict(zip(ROW_BUCKETS, (_ONE_ROW, _UP_TO_8, _UP_TO_16, _UP_TO_32, _UP_TO_64), strict=True))
 # More on its way suits some. With an activation there are two tiles of weights: no room for it.
 _DEEP = {8: LinearTile(16, 64, 128, num_stages=7), 16: LinearTile(16, 64, 128, num_stages=7)}
 
