@@ -255,7 +255,7 @@ def main(argv: Sequence[str]) -> int:
         "bench": "tpcomm",
         "world_size": arguments.world,
         "gpu": torch.cuda.get_device_name(0),
-        "torch": torch.__version__,
+        "torch_version": torch.__version__,
         "python": platform.python_version(),
     }
     try:
