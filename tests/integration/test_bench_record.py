@@ -38,5 +38,9 @@ def test_a_record_run_measures_a_server_and_says_how_each_step_ended(tmp_path: P
     assert run.returncode == 1
     (kept,) = (tmp_path / "kept").iterdir()
     record = json.loads(kept.read_text(encoding="utf-8"))
-    assert [case["case"] for case in record["cases"]] == ["decode-bs1", "ttft-16"]
+    assert [case["case"] for case in record["cases"]] == [
+        "decode-bs1",
+        "decode-bs1-gap-p99",
+        "ttft-16",
+    ]
     assert {"load", "join", "capture"} <= record["config"]["startup_phases_s"].keys()

@@ -1,12 +1,15 @@
-"""What holds for every refusal that a test of the frontend provokes."""
+"""A model to serve, and what holds for every refusal that a test of the frontend provokes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from google.protobuf.descriptor import Descriptor
 
 from coordinator.frontend import rejections
 from coordinator.frontend.error_details import field_path
+from coordinator.frontend.tokenizer import Tokenizer
+from tests.unit.coordinator.frontend.fake_engine import write_text_model
 from tests.unit.coordinator.frontend.field_paths import is_field
 
 
@@ -25,3 +28,13 @@ def refusals_name_fields_of_the_request(monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(rejections, "field_path", checked)
     yield
     assert not wrong
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_model(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def encode(model: Path) -> Callable[[str], list[int]]:
+    return Tokenizer.from_dir(model).encode

@@ -16,13 +16,7 @@ from tests.unit.coordinator.frontend.fake_engine import (
     Served,
     serving,
     within,
-    write_text_model,
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_model(tmp_path_factory.mktemp("text"))
 
 
 def request(text: str = "hello", **params: Any) -> generate_pb2.GenerateRequest:

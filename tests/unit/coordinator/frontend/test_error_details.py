@@ -12,17 +12,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from coordinator.frontend.error_details import DETAILS_KEY, field_path, status_details
 from protos.lockstep.v1 import generate_pb2
 from protos.vllm_engine import vllm_engine_pb2
-from tests.unit.coordinator.frontend.fake_engine import Served, serving, within, write_text_model
+from tests.unit.coordinator.frontend.fake_engine import Served, serving, within
 from tests.unit.coordinator.frontend.field_paths import is_field
 from tests.unit.coordinator.frontend.test_bad_input import BAD
 
 ASKED = generate_pb2.DESCRIPTOR.message_types_by_name["GenerateRequest"]
 GATEWAY_ASKED = vllm_engine_pb2.DESCRIPTOR.message_types_by_name["GenerateRequest"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_model(tmp_path_factory.mktemp("text"))
 
 
 async def failure(served: Served, message: generate_pb2.GenerateRequest) -> grpc.aio.AioRpcError:

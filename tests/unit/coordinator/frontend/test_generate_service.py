@@ -1,7 +1,6 @@
-"""A frontend with a scripted engine behind it: streams, ends, stop texts, cancellation."""
+"""A frontend with a scripted engine behind it: streams, ends, stop texts."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,69 +8,24 @@ import grpc
 import numpy as np
 import pytest
 
-from coordinator.frontend.tokenizer import Tokenizer
 from protos.lockstep.v1 import engine_pb2, generate_pb2
 from tests.unit.coordinator.frontend.fake_engine import (
     MAX_MODEL_LEN,
     MODEL_NAME,
     VOCAB_SIZE,
     Served,
-    serving,
     within,
     write_ids_only_model,
-    write_text_model,
 )
-
-Script = Callable[[Served], Awaitable[None]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_model(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def encode(model: Path) -> Callable[[str], list[int]]:
-    return Tokenizer.from_dir(model).encode
-
-
-def run(model: Path, script: Script, **settings: Any) -> None:
-    """Runs `script` against a serving frontend."""
-
-    async def main() -> None:
-        async with serving(model, **settings) as served:
-            await script(served)
-
-    asyncio.run(main())
-
-
-def text_request(text: str = "hello", **params: Any) -> generate_pb2.GenerateRequest:
-    return generate_pb2.GenerateRequest(
-        text=text, sampling_params=generate_pb2.SamplingParams(**params)
-    )
-
-
-async def collect(call: Any) -> list[generate_pb2.GenerateResponse]:
-    return await within(_collect(call))
-
-
-async def _collect(call: Any) -> list[generate_pb2.GenerateResponse]:
-    return [event async for event in call]
-
-
-async def failure(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await within(call)
-    return caught.value
-
-
-def ids_of(packed: bytes) -> list[int]:
-    ids: list[int] = np.frombuffer(packed, "<i4").tolist()
-    return ids
-
-
-def kinds(events: list[generate_pb2.GenerateResponse]) -> list[str]:
-    return [str(event.WhichOneof("event")) for event in events]
+from tests.unit.coordinator.frontend.generate_calls import (
+    all_events,
+    collect,
+    failure,
+    ids_of,
+    kinds,
+    run,
+    text_request,
+)
 
 
 def test_stream_is_started_deltas_finished_and_texts_join(model: Path, encode: Any) -> None:
@@ -288,102 +242,6 @@ def test_resumed_ids_are_counted_and_not_sent_again(model: Path, encode: Any) ->
     run(model, script)
 
 
-def test_dropped_call_is_released_as_cancelled(model: Path, encode: Any) -> None:
-    async def script(served: Served) -> None:
-        call = served.stub.Generate(text_request())
-        submit = await served.engine.next_submit()
-        served.engine.send_outputs({submit.handle: encode("he")})
-        await within(anext(aiter(call)))
-        call.cancel()
-        release = await served.engine.next_release()
-        assert (release.handle, release.reason) == (submit.handle, "cancelled")
-
-    run(model, script)
-
-
-def test_dropped_unary_call_is_released_as_cancelled(model: Path) -> None:
-    async def script(served: Served) -> None:
-        call = served.stub.GenerateUnary(generate_pb2.GenerateUnaryRequest(request=text_request()))
-        submit = await served.engine.next_submit()
-        call.cancel()
-        assert (await served.engine.next_release()).handle == submit.handle
-
-    run(model, script)
-
-
-def test_passed_deadline_is_released_as_deadline(model: Path) -> None:
-    async def script(served: Served) -> None:
-        call = served.stub.Generate(text_request(), timeout=0.5)
-        submit = await served.engine.next_submit()
-        error = await failure(_collect(call))
-        assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        release = await served.engine.next_release()
-        assert (release.handle, release.reason) == (submit.handle, "deadline")
-
-    run(model, script)
-
-
-def test_lost_client_connection_releases_its_requests(model: Path) -> None:
-    async def script(served: Served) -> None:
-        channel = grpc.aio.insecure_channel(
-            f"127.0.0.1:{served.engine.port}", options=[("grpc.use_local_subchannel_pool", 1)]
-        )
-        method = channel.unary_stream(
-            "/lockstep.v1.GenerateService/Generate",
-            request_serializer=generate_pb2.GenerateRequest.SerializeToString,
-        )
-        call = method(text_request())
-        submit = await served.engine.next_submit()
-        await channel.close()
-        assert (await served.engine.next_release()).handle == submit.handle
-        assert call.done()
-
-    run(model, script)
-
-
-def test_engine_refusal_is_the_only_answer_with_its_retry_hint(model: Path) -> None:
-    async def script(served: Served) -> None:
-        call = served.stub.Generate(text_request())
-        submit = await served.engine.next_submit()
-        code = grpc.StatusCode.RESOURCE_EXHAUSTED
-        served.engine.refuse(submit.handle, code, "queue is full: 1024 requests", 2.5)
-        error = await failure(_collect(call))
-        assert error.code() == code
-        assert error.details() == "queue is full: 1024 requests"
-        assert ("grpc-retry-pushback-ms", "2500") in tuple(error.trailing_metadata())
-
-    run(model, script)
-
-
-def test_rank_lost_in_the_middle_ends_the_stream_after_its_tokens(model: Path, encode: Any) -> None:
-    async def script(served: Served) -> None:
-        call = served.stub.Generate(text_request())
-        submit = await served.engine.next_submit()
-        served.engine.send_outputs({submit.handle: encode("he")})
-        served.engine.refuse(submit.handle, grpc.StatusCode.UNAVAILABLE, "rank 1 lost at step 9")
-        events = aiter(call)
-        first = [await within(anext(events)), await within(anext(events))]
-        assert kinds(first) == ["started", "delta"]
-        error = await failure(_collect(events))
-        assert error.code() == grpc.StatusCode.UNAVAILABLE
-        assert error.details() == "rank 1 lost at step 9"
-
-    run(model, script)
-
-
-def test_abort_asks_the_engine_by_name(model: Path) -> None:
-    async def script(served: Served) -> None:
-        call = served.stub.Abort(generate_pb2.AbortRequest(request_id="r-1"))
-        question = await within(served.engine.aborts.get())
-        assert question.request_id == "r-1"
-        served.engine.send(
-            abort_outcome=engine_pb2.AbortOutcome(query=question.query, was_active=True)
-        )
-        assert (await within(call)).was_active
-
-    run(model, script)
-
-
 def test_model_and_server_info(model: Path) -> None:
     async def script(served: Served) -> None:
         answer = await served.stub.GetModelInfo(generate_pb2.GetModelInfoRequest())
@@ -404,7 +262,7 @@ def test_many_streams_at_once_keep_their_ids_apart(model: Path, encode: Any) -> 
         for index in range(32):
             request = text_request()
             request.request_id = f"r{index}"
-            calls[index] = asyncio.create_task(_collect(served.stub.Generate(request)))
+            calls[index] = asyncio.create_task(all_events(served.stub.Generate(request)))
         handles = {}
         for _ in calls:
             submit = await served.engine.next_submit()
@@ -429,7 +287,7 @@ def test_folder_without_tokenizer_takes_ids_and_refuses_text_and_chat(tmp_path: 
     async def script(served: Served) -> None:
         chat = generate_pb2.ChatPrompt(messages=[generate_pb2.ChatMessage(role="user")])
         for request in (text_request(), generate_pb2.GenerateRequest(chat=chat)):
-            error = await failure(_collect(served.stub.Generate(request)))
+            error = await failure(all_events(served.stub.Generate(request)))
             assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
             assert "tokenizer" in str(error.details())
         ids = generate_pb2.TokenIds(ids=[1, 2])

@@ -14,13 +14,7 @@ from tests.unit.coordinator.frontend.fake_engine import (
     Served,
     serving,
     within,
-    write_text_model,
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_model(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

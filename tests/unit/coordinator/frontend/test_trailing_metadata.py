@@ -16,7 +16,6 @@ from tests.unit.coordinator.frontend.fake_engine import (
     Served,
     serving,
     within,
-    write_text_model,
 )
 
 TIMES = engine_pb2.RequestTimes(
@@ -39,11 +38,6 @@ SHOWN = {
     "lockstep-cached-tokens": "48",
     "lockstep-epoch": "3",
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_model(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

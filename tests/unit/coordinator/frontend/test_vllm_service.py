@@ -24,7 +24,6 @@ from tests.unit.coordinator.frontend.fake_engine import (
     serving,
     within,
     write_ids_only_model,
-    write_text_model,
 )
 from tests.unit.coordinator.frontend.test_error_details import detail, details_of
 
@@ -33,16 +32,6 @@ Script = Callable[[Served, VllmEngineStub], Awaitable[None]]
 LENGTH = generate_pb2.FINISH_REASON_LENGTH
 STOP = generate_pb2.FINISH_REASON_STOP
 ABORTED = generate_pb2.FINISH_REASON_ABORTED
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_model(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def encode(model: Path) -> Callable[[str], list[int]]:
-    return Tokenizer.from_dir(model).encode
 
 
 def run(model: Path, script: Script, **settings: Any) -> None:
