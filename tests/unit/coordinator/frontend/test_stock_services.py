@@ -48,7 +48,8 @@ def test_what_does_not_parse_is_refused_without_a_line_in_the_log(
                 assert ended.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     asyncio.run(main())
-    assert not caplog.records
+    # Where several event loops have used gRPC, asyncio may note that another one read its wake-up.
+    assert not [record for record in caplog.records if record.name != "asyncio"]
 
 
 def test_a_field_that_is_not_known_is_ignored() -> None:
