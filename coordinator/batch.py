@@ -199,6 +199,7 @@ class Batch:
         self.allocator.check(request.block_ids for request in self._active.values())
         assert sorted(self.slots.open) == sorted(r.slot for r in self._active.values())
         assert all(self.slots.open[r.slot] is r for r in self._active.values())
+        self.slots.check()
         assert len(self.slots.open) + self.slots.num_free_slots == self.limits.max_num_seqs
         assert all(r.row == row for row, r in enumerate(self.rows.requests))
         assert [len(r.block_ids) for r in self.rows.requests] == self.rows.num_blocks.tolist()
@@ -289,7 +290,7 @@ class Batch:
         request = self.queue.take(chunk.order)
         request.open_slot(self.slots.take(), chunk.start)
         self.prefix_cache.take(request, chunk.cached_blocks)
-        self.slots.open[request.slot] = request
+        self.slots.put(request)
         self._active[request.order] = request
         self._prefilling.append(request)
 

@@ -6,13 +6,15 @@ outstanding, and never less than two commands, since all results of one may come
 steps of 0.6 ms two commands of three steps, with steps above 4 ms one step that runs and one behind
 it. Where the ranks run dry all the same, because this host is slow or busy, it becomes more, up to
 24 milliseconds: larger grants up to six milliseconds, and then more of them, since all that a grant
-takes passes before this host hears of it.
+takes passes before this host hears of it. A constrained row has one token for all that is ahead,
+as its next mask needs the token: beside one it is twelve milliseconds at most.
 """
 
 from coordinator.outstanding import Outstanding
 
 _AHEAD_S = 0.004
 _MAX_AHEAD_S = 0.024
+_MAX_AHEAD_OF_MASKS_S = 0.012
 _MAX_GRANT_S = 0.006
 _MAX_IDLE_SHARE = 0.005  # of the ranks' time
 _IDLE_WEIGHT = 0.02  # of the newest step in the share
@@ -63,11 +65,14 @@ class Pacing:
         num_steps = int(grant_s / self.decode_step_s + _ROUNDING)
         return min(max(1, num_steps), _MAX_GRANT)
 
-    def wants_more(self, outstanding: Outstanding, num_steps: int) -> bool:
+    def wants_more(
+        self, outstanding: Outstanding, num_steps: int, has_constrained: bool = False
+    ) -> bool:
         """A command of `num_steps` decode steps is to be sent now."""
+        ahead_s = min(self.ahead_s, _MAX_AHEAD_OF_MASKS_S) if has_constrained else self.ahead_s
         num_decode, num_mixed = outstanding.num_decode_steps, outstanding.num_mixed_steps
         if len(outstanding) < _MIN_COMMANDS_AHEAD:
             return True
         planned_s = (num_decode + num_steps - _ROUNDING) * self.decode_step_s
         planned_s += num_mixed * self.mixed_step_s
-        return planned_s <= self.ahead_s and num_decode + num_mixed + num_steps <= _MAX_STEPS_AHEAD
+        return planned_s <= ahead_s and num_decode + num_mixed + num_steps <= _MAX_STEPS_AHEAD

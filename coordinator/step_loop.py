@@ -174,7 +174,9 @@ class StepLoop:
         batch = self._batch
         is_log_due = self._turn_log()
         max_steps = self._pacing.steps_per_grant
-        while not is_log_due and self._pacing.wants_more(batch.outstanding, max_steps):
+        while not is_log_due and self._pacing.wants_more(
+            batch.outstanding, max_steps, batch.slots.num_constrained > 0
+        ):
             if self._plans_need_tokens:
                 self._give_out_tokens()
             now = time.monotonic()

@@ -109,6 +109,8 @@ class SlotTable:
         self.open: dict[int, Request] = {}
         self._free = list(range(1, max_num_seqs + 1))
         self._closed: list[int] = []
+        self.num_constrained = 0
+        """Open slots whose request needs a mask for each of its tokens."""
 
     @property
     def num_free_slots(self) -> int:
@@ -118,11 +120,21 @@ class SlotTable:
         """The lowest free slot."""
         return heapq.heappop(self._free)
 
+    def put(self, request: Request) -> None:
+        """A request opens the slot that it has taken."""
+        self.open[request.slot] = request
+        self.num_constrained += request.constraint is not None
+
     def close(self, slot: int) -> None:
         """Frees a slot. It may be taken at once: a command closes slots before it opens any."""
-        del self.open[slot]
+        self.num_constrained -= self.open.pop(slot).constraint is not None
         heapq.heappush(self._free, slot)
         self._closed.append(slot)
+
+    def check(self) -> None:
+        """AssertionError if what is counted is not what there is."""
+        constrained = [r for r in self.open.values() if r.constraint is not None]
+        assert self.num_constrained == len(constrained)
 
     def take_closed(self) -> list[int]:
         """Slots closed since the last call."""

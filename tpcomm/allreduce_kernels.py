@@ -77,19 +77,12 @@ def tpcomm_one_shot_all_reduce(
     wipe(own_base, state, wiped, RANK, SLOT_BYTES, WORLD_SIZE, CHUNK * word_bytes // 8)
     end_call(state_ptr, state, num_bytes, NUM_STATES, CHUNK)
     begun = record_begin(ring_ptr, state, num_bytes, CODE)
+    first_row = word_row(own_base, place, 0, SLOT_BYTES, WORD)
+    row_words: tl.constexpr = SLOT_BYTES // word_bytes
     total = receive_sum(
-        word_row(own_base, place, 0, SLOT_BYTES, WORD),
-        offsets,
-        own_words,
-        mask,
-        RANK,
-        abort_ptr,
-        SLOT_BYTES // word_bytes,
-        WORLD_SIZE,
-        dtype,
-        IS_MAX,
-        CHUNK,
-    )
+        first_row, offsets, own_words, mask, RANK, abort_ptr, row_words, WORLD_SIZE, dtype,
+        IS_MAX, CHUNK,
+    )  # fmt: skip
     tl.store(tensor_ptr + offsets, total.to(dtype), mask=mask)
     record_end(ring_ptr, state, begun, CODE)
 

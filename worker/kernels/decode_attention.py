@@ -233,15 +233,13 @@ def decode_attention(
     num_rows, num_q_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
     assert k_cache.shape == v_cache.shape and k_cache.shape[3] == head_dim, k_cache.shape
-    assert k_cache.stride(3) == v_cache.stride(3) == 1, (k_cache.stride(), v_cache.stride())
+    assert k_cache.stride(3) == v_cache.stride(3) == block_table.stride(1) == 1, k_cache.stride()
     assert q.stride(2) == 1 and q.stride(1) == head_dim, q.stride()
     assert q_offset >= 0 and q_offset + num_q_heads <= num_kv_heads * q_per_kv
     assert block_table.dtype == lens.dtype == torch.int32 and slots.dtype == torch.int64
-    assert block_table.stride(1) == 1, block_table.stride()
-    if num_splits is None:
-        num_splits = choose_num_splits(
-            num_rows, num_kv_heads, block_table.shape[1] * block_size, _num_sms(q.device)
-        )
+    num_splits = num_splits or choose_num_splits(
+        num_rows, num_kv_heads, block_table.shape[1] * block_size, _num_sms(q.device)
+    )
     out = torch.empty((num_rows, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
     parts, log_sum = out, None
     if num_splits > 1:

@@ -16,12 +16,14 @@ def settled(decode_micros: int, mixed_micros: int = 4000) -> Pacing:
     return pacing
 
 
-def filled(pacing: Pacing, outstanding: Outstanding, num_steps: int) -> list[int]:
+def filled(
+    pacing: Pacing, outstanding: Outstanding, num_steps: int, has_constrained: bool = False
+) -> list[int]:
     """Sends until enough is outstanding; returns the steps of each command sent."""
     sent = []
     last_step = outstanding.last_reported_step
     last_step += outstanding.num_decode_steps + outstanding.num_mixed_steps
-    while pacing.wants_more(outstanding, num_steps):
+    while pacing.wants_more(outstanding, num_steps, has_constrained):
         command_id = last_step + 1
         outstanding.add(SentCommand(command_id, last_step + 1, num_steps, [], []))
         last_step += num_steps
@@ -108,6 +110,8 @@ def test_ranks_that_run_dry_get_more_work_ahead_within_a_bound_and_less_again_la
     pacing = settled(2000)
     assert after_waits(pacing, [100] * 300).ahead_s == 0.024
     assert filled(pacing, Outstanding(), pacing.steps_per_grant) == [3, 3, 3, 3]
+    beside_a_constrained_row = filled(pacing, Outstanding(), pacing.steps_per_grant, True)
+    assert beside_a_constrained_row == [3, 3]
     assert after_waits(pacing, [0] * 4000).ahead_s == 0.004
 
 

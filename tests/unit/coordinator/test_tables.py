@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from coordinator.request import Request, Sampling
 from coordinator.tables import RowTable, SlotTable, table_digest
+from protos.lockstep.v1 import generate_pb2
 
 SAMPLING = Sampling(0.0, 0, 1.0, 0.0, 7, 1.0, 0.0, 0.0, 0, (), -1)
 
@@ -61,12 +62,24 @@ def test_advancing_stops_at_the_final_limit() -> None:
 def test_a_closed_slot_is_free_at_once_and_named_once() -> None:
     slots = SlotTable(2)
     first = slots.take()
-    slots.open[first] = make_prefilled(0, first)
+    slots.put(make_prefilled(0, first))
     assert (first, slots.num_free_slots) == (1, 1)
     slots.close(first)
     assert slots.take() == 1
     assert slots.take_closed() == [1]
     assert slots.take_closed() == []
+
+
+def test_slots_of_constrained_requests_are_counted() -> None:
+    slots = SlotTable(2)
+    free, bound = (make_prefilled(order, slots.take()) for order in range(2))
+    bound.constraint = generate_pb2.SamplingParams(regex="a")
+    for request in (free, bound):
+        slots.put(request)
+        slots.check()
+    assert slots.num_constrained == 1
+    slots.close(bound.slot)
+    assert slots.num_constrained == 0
 
 
 def test_the_digest_is_the_one_of_the_protocol() -> None:
