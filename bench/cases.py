@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from bench.histogram import p99
 from bench.peer import PEER_NAME, peer_figure
 from bench.record import Case
 from bench.requests import Client, Request, offline256, random_prompt
@@ -78,20 +79,16 @@ async def decode(subject: Subject, batch_size: int, quick: bool) -> list[Case]:
         )
     ]
     if batch_size == 1:
-        p99 = statistics.quantiles(gaps, n=100)[-1]
+        gap = p99(gaps)
         cases.append(
-            subject.case(f"{name}-gap-p99", metric="message_gap", value=p99, runs=[p99], **common)
+            subject.case(f"{name}-gap-p99", metric="message_gap", value=gap, runs=[gap], **common)
         )
     return cases
 
 
 async def ttft(subject: Subject, length: int, quick: bool) -> Case:
     """Milliseconds to the first token of one request of `length` ids."""
-    runs = []
-    for repeat in range(2 if quick else 6):
-        (timing,) = await subject.client.run(subject.prompts(1, length, 1))
-        if repeat:  # the first one warms up
-            runs.append(timing.first * 1e3)
+    runs = await first_tokens(subject, length, 1 if quick else 5)
     return subject.case(
         f"ttft-{length}",
         batch_size=1,
@@ -101,6 +98,15 @@ async def ttft(subject: Subject, length: int, quick: bool) -> Case:
         value=statistics.median(runs),
         runs=runs,
     )
+
+
+async def first_tokens(subject: Subject, length: int, num_runs: int) -> list[float]:
+    """Milliseconds to the first token of each of so many requests in turn, behind a warm-up."""
+    runs = []
+    for _ in range(1 + num_runs):
+        (timing,) = await subject.client.run(subject.prompts(1, length, 1))
+        runs.append(timing.first * 1e3)
+    return runs[1:]
 
 
 async def offline(subject: Subject) -> Case:

@@ -1,14 +1,20 @@
-"""Times counted in bins, so that many client processes can be added up."""
+"""Quantiles: of a list, and of times in bins, so that many client processes can be added up."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 _LOWEST_S = 1e-5
 _BINS_PER_DECADE = 40
 _NUM_BINS = 8 * _BINS_PER_DECADE  # 10 us to 1000 s, 6% a bin
+
+
+def p99(values: Sequence[float]) -> float:
+    """The smallest value that 99% of the values do not exceed; NaN without any."""
+    ordered = sorted(values)
+    return ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else math.nan
 
 
 class LogHistogram:

@@ -12,7 +12,8 @@ import random
 import statistics
 from collections.abc import Iterator
 
-from bench.cases import PROMPT_TOKENS, Subject
+from bench.cases import PROMPT_TOKENS, Subject, first_tokens
+from bench.histogram import p99
 from bench.record import Case
 from bench.requests import Request, Timing, random_prompt
 
@@ -20,7 +21,7 @@ _CONTEXT = 8192
 _SHORT, _LONG = 20, 120
 _NUM_STREAMS = 64
 _STREAM_TOKENS = 2000
-_NUM_ARRIVALS = 11
+_NUM_ARRIVALS = 10
 _SHORTEST, _LONGEST = 100, 1024
 
 
@@ -53,12 +54,12 @@ async def context(subject: Subject, batch_size: int, quick: bool) -> Case:
 
 async def arrival(subject: Subject) -> list[Case]:
     """Milliseconds to the first token of one request, alone and amid decoding streams."""
-    alone = await _first_tokens(subject)
+    alone = await first_tokens(subject, PROMPT_TOKENS, _NUM_ARRIVALS)
     streams = subject.prompts(_NUM_STREAMS, PROMPT_TOKENS, _STREAM_TOKENS)
     background = asyncio.create_task(subject.client.run(streams))
     try:
         await asyncio.sleep(2.0)  # all are past their prompts
-        amid = await _first_tokens(subject)
+        amid = await first_tokens(subject, PROMPT_TOKENS, _NUM_ARRIVALS)
         if background.done():
             raise RuntimeError(f"the streams ended before {_NUM_ARRIVALS} requests were answered")
     finally:
@@ -78,15 +79,6 @@ async def arrival(subject: Subject) -> list[Case]:
     ]
 
 
-async def _first_tokens(subject: Subject) -> list[float]:
-    """Of requests one after the other; the first one warms up."""
-    runs = []
-    for _ in range(_NUM_ARRIVALS):
-        (timing,) = await subject.client.run(subject.prompts(1, PROMPT_TOKENS, 1))
-        runs.append(timing.first * 1e3)
-    return runs[1:]
-
-
 async def serving(subject: Subject, rate: float, seconds: float) -> list[Case]:
     """`rate` requests a second arrive for so long, whether or not the server keeps up."""
     generator = random.Random(0)
@@ -101,8 +93,8 @@ async def serving(subject: Subject, rate: float, seconds: float) -> list[Case]:
     gaps = [gap * 1e3 for timing in timings for gap in timing.gaps]
     figures = {
         "goodput": ("tok/s", sum(timing.num_tokens for timing in timings) / took),
-        "ttft-p99": ("ms", _p99([timing.first * 1e3 for timing in timings])),
-        "gap-p99": ("ms", _p99(gaps)),
+        "ttft-p99": ("ms", p99([timing.first * 1e3 for timing in timings])),
+        "gap-p99": ("ms", p99(gaps)),
     }
     return [
         subject.case(
@@ -128,7 +120,3 @@ def _arrivals(
         prompt = random_prompt(generator, length, vocab_size)
         yield due, Request(prompt, max_tokens, temperature=0.6)
         due += generator.expovariate(rate)
-
-
-def _p99(values: list[float]) -> float:
-    return statistics.quantiles(values, n=100)[-1] if len(values) > 1 else values[0]

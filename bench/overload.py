@@ -12,7 +12,6 @@ predicted wait is about one such step, which bounds the time to the first token.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ import uvloop
 
 from bench.cli import add_record_flags, record_folder, say
 from bench.daemons import children, resident_bytes, scrape, start_group, total
+from bench.histogram import p99
 from bench.open_loop import Arrivals, OpenLoop, Outcomes
 from bench.record import Case, Record, command_line, hardware, report, settings, versions
 
@@ -151,7 +151,7 @@ async def _measure(
         ("sustainable-goodput", "tok/s", full.goodput),
         ("overload-goodput", "tok/s", flooded.goodput),
         ("overload-refused", "requests", flooded.num_refused),
-        ("overload-refused-after-p99", "ms", 1e3 * _p99(flooded.refused_after)),
+        ("overload-refused-after-p99", "ms", 1e3 * p99(flooded.refused_after)),
         ("overload-finished", "requests", flooded.num_finished),
         ("memory-growth", "MB", grown_mb),
     ]
@@ -166,7 +166,7 @@ def _latencies(name: str, outcomes: Outcomes) -> list[tuple[str, str, float]]:
         ("prefill", outcomes.in_prefill),
         ("gap", outcomes.longest_gaps),
     )
-    return [(f"{name}-{part}-p99", "ms", 1e3 * _p99(values)) for part, values in parts]
+    return [(f"{name}-{part}-p99", "ms", 1e3 * p99(values)) for part, values in parts]
 
 
 def _problems(
@@ -179,9 +179,9 @@ def _problems(
             flooded.num_refused_without_delay == 0,
             f"{flooded.num_refused_without_delay} refusals without a retry delay",
         ),
-        (_p99(flooded.first) <= 1.5 * _p99(normal.first), "p99 ttft above 1.5x that at 0.8 load"),
+        (p99(flooded.first) <= 1.5 * p99(normal.first), "p99 ttft above 1.5x that at 0.8 load"),
         (
-            _p99(flooded.longest_gaps) <= 1.5 * _p99(normal.longest_gaps),
+            p99(flooded.longest_gaps) <= 1.5 * p99(normal.longest_gaps),
             "p99 gap above 1.5x that at 0.8 load",
         ),
         (flooded.goodput >= 0.9 * full.goodput, "goodput below 0.9x the sustainable one"),
@@ -206,11 +206,6 @@ def _wait_idle(served: Served) -> str:
         if time.monotonic() > deadline:
             return f"not idle after {_IDLE_LIMIT_S:g} s: {busy}"
         time.sleep(0.2)
-
-
-def _p99(values: list[float]) -> float:
-    ordered = sorted(values)
-    return ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else math.nan
 
 
 def _summary(outcomes: Outcomes) -> str:

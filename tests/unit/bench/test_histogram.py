@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bench.histogram import LogHistogram
+from bench.histogram import LogHistogram, p99
 
 
 def test_quantiles_are_within_a_bin_of_the_exact_ones() -> None:
@@ -42,3 +42,9 @@ def test_values_outside_lie_in_the_outer_bins_and_none_gives_no_number() -> None
 def test_bins_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="3 bins"):
         LogHistogram([1, 2, 3])
+
+
+def test_p99_is_a_value_that_occurred() -> None:
+    assert p99([float(value) for value in range(200, 0, -1)]) == 198.0
+    assert p99([2.0, 1.0]) == 2.0
+    assert math.isnan(p99([]))
