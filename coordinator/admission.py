@@ -166,7 +166,7 @@ def _check_sampling(sampling: Sampling) -> None:
     for field, limits in _RANGES.items():
         value = getattr(sampling, field)
         if value not in limits:  # the words cost more than the check, and there are many fields
-            _require(False, field, f"{field} is {value:g}; it must be {limits}")
+            raise _refusal(field, f"{field} is {value:g}; it must be {limits}")
 
 
 def _check_lengths(request: Request, limits: ModelLimits) -> None:
@@ -195,5 +195,8 @@ def _check_lengths(request: Request, limits: ModelLimits) -> None:
 
 def _require(is_met: bool, field: str, message: str) -> None:
     if not is_met:
-        code = grpc.StatusCode.INVALID_ARGUMENT
-        raise Refused(code, "invalid_argument", message, field=field)
+        raise _refusal(field, message)
+
+
+def _refusal(field: str, message: str) -> Refused:
+    return Refused(grpc.StatusCode.INVALID_ARGUMENT, "invalid_argument", message, field=field)

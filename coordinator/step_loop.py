@@ -142,11 +142,6 @@ class StepLoop:
         except ProtocolBroken as error:
             raise RankLost(0, untold[-1][0].result.step, str(error)) from error
 
-    @property
-    def _plans_need_tokens(self) -> bool:
-        """Who was preempted begins again with all its tokens."""
-        return self._batch.queue.num_preempted > 0
-
     def _note_clocks(
         self, rank: int, report: worker_pb2.StepResult | worker_pb2.RankProgress
     ) -> None:
@@ -177,7 +172,7 @@ class StepLoop:
         while not is_log_due and self._pacing.wants_more(
             batch.outstanding, max_steps, batch.slots.num_constrained > 0
         ):
-            if self._plans_need_tokens:
+            if batch.queue.num_preempted:  # who begins again, begins with all its tokens
                 self._give_out_tokens()
             now = time.monotonic()
             with_digest = now - self._last_digest_at >= _TABLE_DIGEST_PERIOD_S
