@@ -32,6 +32,19 @@ class BlockRecord:
         assert len(held.token_ids) == position - start, f"block {block_id} is written out of turn"
         held.token_ids.append(token_ids[position])
 
+    def write_again(
+        self, block_id: int, token_ids: Sequence[int], position: int, block_size: int
+    ) -> None:
+        """The same for a block that others hold too: what it holds must come out as it was."""
+        start = position - position % block_size
+        parent = _prefix_key(token_ids[:start])
+        held = self._written.setdefault(block_id, _Written(parent))
+        assert held.parent == parent, f"shared block {block_id} is written after another prefix"
+        if len(held.token_ids) == position - start:
+            held.token_ids.append(token_ids[position])
+        is_same = held.token_ids[position - start : position - start + 1] == [token_ids[position]]
+        assert is_same, f"shared block {block_id} gets another token"
+
     def cached(self, block_ids: Sequence[int], block_size: int) -> tuple[list[int], str]:
         """The token ids that these blocks hold as one prefix; or none, and what is wrong."""
         token_ids = list[int]()

@@ -252,8 +252,11 @@ class FakeTables:
     def _write(self, slot: _Slot, position: int) -> None:
         block_id = slot.block_ids[position // self._config.block_size]
         assert position >= slot.cached_len, "a cached position is computed again"
-        assert self._num_owners[block_id] == 1, f"shared block {block_id} is written"
-        self._blocks.write(block_id, slot.token_ids, position, self._config.block_size)
+        is_shared = self._num_owners[block_id] > 1
+        is_allowed = self._settings.rebuilds_shared or not is_shared
+        assert is_allowed, f"shared block {block_id} is written"
+        write = self._blocks.write_again if is_shared else self._blocks.write
+        write(block_id, slot.token_ids, position, self._config.block_size)
 
     def _choose(self, slot: _Slot) -> tuple[int, int]:
         slot.position = slot.prefill_len

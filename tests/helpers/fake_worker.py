@@ -56,6 +56,8 @@ class FakeSettings:
     refuse_at_command: int = 0
     break_stream_at_command: int = 0
     silent_on_quiesce: bool = False
+    # A replay rebuilds a snapshot's shared blocks once for each who shares them.
+    rebuilds_shared: bool = False
     last_error: str = ""
     collectives: list[worker_pb2.CollectiveRecord] | None = None  # None: answers UNIMPLEMENTED
     not_finite_token: int = -1  # choosing this token counts as non-finite logits

@@ -49,9 +49,13 @@ def complete_in_time(client: openai.OpenAI) -> str:
     while True:
         try:
             return str(complete(client, max_tokens=4).choices[0].text)
-        except (openai.APIConnectionError, openai.InternalServerError):
-            assert time.monotonic() < deadline
-            time.sleep(_POLL_S)
+        except (openai.APIConnectionError, openai.InternalServerError) as error:
+            last: openai.OpenAIError = error
+        except openai.NotFoundError as error:  # it listens before it knows its worker
+            assert "No worker available" in str(error)
+            last = error
+        assert time.monotonic() < deadline, last
+        time.sleep(_POLL_S)
 
 
 def gateway_of(group: ServedGroup) -> psutil.Process:

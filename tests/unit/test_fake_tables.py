@@ -40,7 +40,8 @@ class Driven:
 
     def __init__(self) -> None:
         config = EngineConfig(block_size=4, max_num_seqs=4, max_model_len=100)
-        self.tables = FakeTables(FakeSettings(), config, num_blocks=20)
+        self.settings = FakeSettings()
+        self.tables = FakeTables(self.settings, config, num_blocks=20)
         self.step = 1
 
     def run(self, delta: TableDelta, steps: int = 1) -> list[list[int]]:
@@ -148,3 +149,27 @@ def test_writing_to_a_shared_block_is_caught(driven: Driven) -> None:
     delta = TableDelta(chunks=packed(3, 8, 1), chunk_token_ids=packed(PROMPT[8]))
     with pytest.raises(AssertionError, match="shared block 3 is written"):
         driven.run(delta)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "problem"),
+    [
+        (PROMPT, ""),
+        ([*PROMPT[:3], 1, *PROMPT[4:]], "shared block 1 gets another token"),
+        ([1, *PROMPT[1:]], "shared block 1 gets another token"),
+        ([*PROMPT[:7], 1, 1], "shared block 2 gets another token"),
+    ],
+)
+def test_a_shared_block_is_rebuilt_only_as_it_is_and_only_where_allowed(
+    driven: Driven, token_ids: list[int], problem: str
+) -> None:
+    again = opening(3, 1, 2, 9, 10)
+    with pytest.raises(AssertionError, match="shared block 1 is written"):
+        driven.prefill(again, token_ids)
+    driven.run(TableDelta(closed_slots=packed(3)))
+    driven.settings.rebuilds_shared = True
+    if problem:
+        with pytest.raises(AssertionError, match=problem):
+            driven.prefill(again, token_ids)
+    else:
+        assert driven.prefill(again, token_ids) == [[expected_output(PROMPT, 1)[0]]]

@@ -28,7 +28,7 @@ from tests.helpers.step_logs import (
 
 
 def ranks(num_blocks: int = 12) -> list[FakeSettings]:
-    return [FakeSettings(num_blocks=num_blocks) for _ in range(2)]
+    return [FakeSettings(num_blocks=num_blocks, rebuilds_shared=True) for _ in range(2)]
 
 
 @pytest.mark.parametrize("pace", ["max", "recorded"])
