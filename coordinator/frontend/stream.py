@@ -26,12 +26,13 @@ class StreamUpdate:
 class SampleStream:
     """One sample's queue: the engine's socket pushes and ends, `CallStreams.take` empties it."""
 
-    __slots__ = ("_update", "call", "handle", "sample_index")
+    __slots__ = ("_has_begun", "_update", "call", "handle", "sample_index")
 
     def __init__(self, call: "CallStreams", sample_index: int, handle: int) -> None:
         self.handle = handle
         self.sample_index = sample_index
         self.call = call
+        self._has_begun = False
         self._update: StreamUpdate | None = None
 
     @property
@@ -42,10 +43,16 @@ class SampleStream:
     def push(
         self, token_ids: Sequence[int], logprobs: Sequence[generate_pb2.TokenLogprobs]
     ) -> None:
-        """Adds output; no ids at all means that the engine has accepted the request."""
+        """Adds output; no ids at all means that the engine has accepted the request.
+
+        Whoever waits for a first token waits for nothing to join it.
+        """
         update = self._queued()
         update.token_ids += token_ids
         update.logprobs += logprobs
+        if token_ids and not self._has_begun:
+            self._has_begun = True
+            self.call.wake()
 
     def push_prompt(self, piece: generate_pb2.PromptLogprobs) -> None:
         """Adds log-probabilities of a piece of the prompt."""
@@ -96,12 +103,14 @@ class CallStreams:
 
     def arrive(self, sample: SampleStream) -> None:
         """A sample has something to take."""
-        if not self._news:
-            self._on_news(self.wake)
         self._news.append(sample)
+        if len(self._news) == 1:
+            self._on_news(self.wake)
 
     def wake(self) -> None:
-        """Lets `take` return what there is."""
+        """Lets `take` return what there is, if it has not yet."""
+        if not self._news and self._error is None:
+            return
         self._is_awake = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
