@@ -143,6 +143,8 @@ class Batch:
         self._promote()
         self._complete_rows()
         masked = self._take_masked()
+        if not (self._prefilling or len(self.queue) or self.rows.is_any_active):
+            return None
         plan = self._plan(1 if self._prefilling or self._is_quick_to_begin else max_steps)
         if plan.num_steps > 1 and not plan.ends_prompts:
             plan = self._plan(1)  # what is left of a prompt goes on with the next step

@@ -202,6 +202,8 @@ def _row_needs(rows: Rows, num_steps: int, block_size: int) -> list[tuple[int, i
     ends = np.minimum(rows.next_positions + num_steps, rows.limits)
     missing = -(-ends // block_size) - rows.num_blocks
     lacking = np.flatnonzero(missing > 0)
+    if not len(lacking):
+        return []
     by_age = lacking[np.argsort(rows.orders[lacking])]
     return list(zip(rows.orders[by_age].tolist(), missing[by_age].tolist(), strict=True))
 

@@ -50,6 +50,11 @@ class RowTable:
     def final_limits(self) -> IntArray:
         return self._columns[4, : self.num_rows]
 
+    @property
+    def is_any_active(self) -> bool:
+        """Some row has a position that may be granted."""
+        return bool((self.next_positions < self.limits).any())
+
     def append(self, request: Request) -> None:
         """Puts a request that has been prefilled into the batch, as the last row."""
         row = self.num_rows
@@ -80,6 +85,8 @@ class RowTable:
 
     def completed(self) -> list[Request]:
         """The rows whose every position has been granted."""
+        if not self.requests:
+            return []
         is_complete = self.next_positions >= self.final_limits
         return [self.requests[row] for row in np.flatnonzero(is_complete)]
 
