@@ -3,11 +3,12 @@
 Sending a command and hearing of it takes a round trip, during which the ranks must not run dry;
 what arrives meanwhile waits for everything outstanding. So about four milliseconds are kept
 outstanding, and never less than two commands, since all results of one may come together: with
-steps of 0.6 ms two commands of three steps, with steps above 4 ms one step that runs and one behind
-it. Where the ranks run dry all the same, because this host is slow or busy, it becomes more, up to
-24 milliseconds: larger grants up to six milliseconds, and then more of them, since all that a grant
-takes passes before this host hears of it. A constrained row has one token for all that is ahead,
-as its next mask needs the token: beside one it is twelve milliseconds at most.
+steps of 0.6 ms two commands of three steps. A decode step of more than 4 ms has none behind it
+until 4 ms of it are left. Where the ranks run dry all the same, because this host is slow or busy,
+it becomes more, up to 24 milliseconds: larger grants up to six milliseconds, and then more of them,
+since all that a grant takes passes before this host hears of it. A constrained row has one token
+for all that is ahead, as its next mask needs the token: beside one it is twelve milliseconds at
+most.
 """
 
 from coordinator.outstanding import Outstanding
@@ -21,6 +22,7 @@ _IDLE_WEIGHT = 0.02  # of the newest step in the share
 _MORE, _LESS = 1.02, 0.9995  # factors a step
 _ROUNDING = 0.05  # of a step: three steps of 2.01 ms are six milliseconds
 _MIN_COMMANDS_AHEAD = 2
+_TIMER_S = 0.001  # to which the event loop's timers are exact
 _MAX_STEPS_AHEAD = 16
 _MAX_GRANT = 8
 _NEWEST_WEIGHT = 0.1  # of the newest step in the moving averages
@@ -64,6 +66,18 @@ class Pacing:
         grant_s = min(self.ahead_s / 2, _MAX_GRANT_S)
         num_steps = int(grant_s / self.decode_step_s + _ROUNDING)
         return min(max(1, num_steps), _MAX_GRANT)
+
+    def too_early_s(self, outstanding: Outstanding, elapsed_s: float) -> float:
+        """Seconds for which the running command is enough by itself; 0 without one.
+
+        `elapsed_s` is for how long its next step has been running. Only decode steps: how long one
+        with chunks takes is not known well enough.
+        """
+        if len(outstanding) != 1 or outstanding.num_mixed_steps:
+            return 0.0
+        left_s = outstanding.num_decode_steps * self.decode_step_s - elapsed_s
+        early_s = left_s - self.ahead_s
+        return early_s if early_s >= _TIMER_S else 0.0
 
     def wants_more(
         self, outstanding: Outstanding, num_steps: int, has_constrained: bool = False

@@ -64,6 +64,8 @@ class StepLoop:
         self._untold: list[tuple[Resolved, float]] = []  # results whose tokens nobody has yet
         self._heartbeat_idle_s = min(_HEARTBEAT_IDLE_S, step_timeout_s / 4)
         self._last_sent_at = time.monotonic()
+        self._running_since = 0.0  # the next step to be reported
+        self._planning_later: asyncio.TimerHandle | None = None
         self._last_digest_at = 0.0
         self._last_audited_step = 0
 
@@ -73,11 +75,16 @@ class StepLoop:
 
     async def run(self) -> None:
         """Gives out tokens and plans whenever woken; ends by RankLost or by being cancelled."""
-        while True:
-            await self._wakeup.wait()
-            self._wakeup.clear()
-            self._give_out_tokens()
-            self._pump()
+        try:
+            while True:
+                await self._wakeup.wait()
+                self._wakeup.clear()
+                self._give_out_tokens()
+                self._plan()
+                await asyncio.sleep(0)  # what was planned leaves first: to tell of it takes longer
+                self._tell()
+        finally:
+            self._plan_later(0.0)
 
     async def watch_progress(self) -> None:
         """Finds stalls and sends heartbeats; raises RankLost."""
@@ -117,7 +124,7 @@ class StepLoop:
     def _take_result(self, result: worker_pb2.StepResult) -> None:
         """Plans what comes next. The tokens are given out once the event loop has sent that: the
         ranks wait for it, and giving out takes longer."""
-        now = time.monotonic()
+        self._running_since = now = time.monotonic()
         batch = self._batch
         self._pacing.observe(
             result.step_micros, result.idle_micros, batch.outstanding.is_mixed_step_next
@@ -150,9 +157,8 @@ class StepLoop:
         self._collective_skew.reported(rank, report.collective_count, report.collective_micros)
         self._metrics.worker_idle_seconds[rank] = report.idle_micros / 1e6
 
-    def _pump(self) -> None:
-        """Sends commands until enough is outstanding, then tells the frontends the news."""
-        self._plan()
+    def _tell(self) -> None:
+        """Notes where the batch stands and tells the frontends the news."""
         batch = self._batch
         self._pacing.planned(batch.num_unreported > 0)
         self._metrics.num_requests_running = batch.num_running
@@ -165,13 +171,18 @@ class StepLoop:
         self._flush()
 
     def _plan(self) -> None:
-        """Sends commands until enough is outstanding."""
+        """Sends commands until enough is outstanding, or sees to it that this is done in time."""
         batch = self._batch
+        self._plan_later(0.0)
         is_log_due = self._turn_log()
         max_steps = self._pacing.steps_per_grant
         while not is_log_due and self._pacing.wants_more(
             batch.outstanding, max_steps, batch.slots.num_constrained > 0
         ):
+            elapsed_s = time.monotonic() - self._running_since
+            if early_s := self._pacing.too_early_s(batch.outstanding, elapsed_s):
+                self._plan_later(early_s)
+                break
             if batch.queue.num_preempted:  # who begins again, begins with all its tokens
                 self._give_out_tokens()
             now = time.monotonic()
@@ -182,6 +193,15 @@ class StepLoop:
             if with_digest:
                 self._last_digest_at = now
             self._sent(command, now)
+
+    def _plan_later(self, delay_s: float) -> None:
+        """Has `run` woken after so long; 0: not at all."""
+        if self._planning_later is not None:
+            self._planning_later.cancel()
+            self._planning_later = None
+        if delay_s:
+            loop = asyncio.get_running_loop()
+            self._planning_later = loop.call_later(delay_s, self.wake)
 
     def _turn_log(self) -> bool:
         """Whether to grant nothing: a segment of the step log is due and begins when nothing is
@@ -210,4 +230,6 @@ class StepLoop:
         if self._log is not None:
             self._log.sent(command, self._batch.last_command_id)
         self._last_sent_at = now
+        if self._batch.num_unreported == 1:  # it does not wait for another one
+            self._running_since = now
         self._watch.sent(self._batch.last_command_id, self._batch.last_step, now)

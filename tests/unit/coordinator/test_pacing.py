@@ -74,6 +74,35 @@ def test_one_is_sent_behind_a_command_of_many_steps_of_which_none_is_reported() 
     assert filled(pacing, outstanding, 3) == [3]
 
 
+@pytest.mark.parametrize(
+    ("micros", "elapsed_ms", "early_ms"),
+    [(10_000, 0, 6), (10_000, 2.5, 3.5), (10_000, 5.5, 0), (10_000, 30, 0), (4000, 0, 0)],
+)
+def test_behind_a_long_decode_step_nothing_is_sent_until_four_milliseconds_are_left(
+    micros: int, elapsed_ms: float, early_ms: float
+) -> None:
+    pacing, outstanding = settled(micros), Outstanding()
+    assert pacing.too_early_s(outstanding, 0.0) == 0.0  # nothing runs
+    outstanding.add(SentCommand(1, 1, 1, [], []))
+    early_s = pacing.too_early_s(outstanding, elapsed_ms / 1e3)
+    assert early_s == pytest.approx(early_ms / 1e3, abs=1e-6)
+
+
+def test_a_step_with_chunks_gets_one_behind_it_at_once() -> None:
+    pacing, outstanding = settled(10_000, mixed_micros=50_000), Outstanding()
+    outstanding.add(SentCommand(1, 1, 1, [], [], has_chunks=True))
+    assert pacing.too_early_s(outstanding, 0.0) == 0.0
+
+
+def test_ranks_that_run_dry_get_the_next_long_step_earlier() -> None:
+    pacing, outstanding = settled(10_000), Outstanding()
+    outstanding.add(SentCommand(1, 1, 1, [], []))
+    for count in range(300):
+        pacing.planned(has_work=True)
+        pacing.observe(10_000, 200 * count, is_mixed=False)
+    assert pacing.too_early_s(outstanding, 0.0) == 0.0
+
+
 def test_a_long_step_with_chunks_counts_with_its_own_time() -> None:
     pacing = settled(600, mixed_micros=30_000)
     outstanding = Outstanding()
