@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lockstep.daemon_process import daemon_environ
+
 _STOP_LIMIT_S = 15.0
 _SCRAPE_LIMIT_S = 10.0
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -37,7 +39,8 @@ class Daemon:
         self._module = module
         self._ready_file = ready_file
         command = [sys.executable, "-m", module, *flags, "--ready-file", str(ready_file)]
-        self._process = subprocess.Popen(command, stdout=sys.stderr)
+        environ = daemon_environ(os.environ)
+        self._process = subprocess.Popen(command, stdout=sys.stderr, env=environ)
         if cores:
             # Threads and children that come later inherit it.
             os.sched_setaffinity(self._process.pid, cores)

@@ -210,9 +210,8 @@ class Batch:
     def _is_quick_to_begin(self) -> bool:
         """Somebody could begin, and is to decode from the very next step on.
 
-        Not if others have begun just before. Under load somebody comes with nearly every step: were
-        each command of one step, commands, not steps, would be what there is no time for. Who
-        begins then has its first token as soon, and waits for its second.
+        Not if others have begun just before: under load, where somebody comes with nearly every
+        step, there is no time for commands of one step. Who begins then waits for its second token.
         """
         may_begin = bool(len(self.queue)) and self.slots.num_free_slots > 0
         return may_begin and self.last_step - self._last_opening >= _BUSY_STEPS

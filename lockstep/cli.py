@@ -53,7 +53,7 @@ def _run(words: Sequence[str]) -> int:
         print(usage())
         return ExitCode.CLEAN if name else ExitCode.CONFIG
     if name in _DAEMONS:
-        importlib.import_module("lockstep.serve").exec_daemon(name, rest)
+        importlib.import_module("lockstep.daemon_process").exec_daemon(name, rest)
     if name not in _COMMANDS:
         print(f"lockstep: no command {name!r}\n{usage()}", file=sys.stderr)
         return ExitCode.CONFIG

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from lockstep.client import CallFailed, ChatMessage, Client, RankInfo, SamplingParams
 from lockstep.daemon.parent_death import die_with_parent
+from lockstep.daemon_process import daemon_environ
 from lockstep.demo_model import demo_model_dir
 from lockstep.devices import count_gpus
 from lockstep.errors import ConfigError, DemoModelError
 from lockstep.generate import stream_text
 from lockstep.ready_record import PendingReady
-from lockstep.serve import daemon_environ
 from lockstep.table import rank_table
 
 QUESTION = "What is the capital of France? Answer in one sentence."

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from lockstep.cores import available_cores
 from lockstep.daemon.exit_codes import ExitCode
+from lockstep.daemon_process import daemon_environ
 from lockstep.devices import choose_devices, count_gpus
 from lockstep.errors import ConfigError, HubError
 from lockstep.hub import resolve_model
 from lockstep.processes import supervised_processes
-from lockstep.serve import ServeConfig, daemon_environ, group_spec
+from lockstep.serve import ServeConfig, group_spec
 from lockstep.supervisor import GroupSpec, Supervisor
 
 _STOP_TIMEOUT_S = 10.0

@@ -1,7 +1,6 @@
 """`lockstep serve`: one model on this host, a worker per rank and a coordinator, supervised."""
 
 import os
-import site
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from lockstep.daemon.flags import (
 from lockstep.daemon.group_secret import hold_new_secret
 from lockstep.daemon.ready_file import write_ready_file
 from lockstep.daemon.security_flags import ALLOW_PLAINTEXT, GROUP_FLAGS, PUBLIC_FLAGS
+from lockstep.daemon_process import daemon_environ, python_module
 from lockstep.devices import choose_devices, count_gpus
 from lockstep.errors import AddressInUse, ConfigError, HubError
 from lockstep.gateway import (
@@ -300,32 +300,6 @@ def _gateway(
         config.log_format,
         daemon_environ(environ),
     )
-
-
-def daemon_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` without our settings, and with this package's folder to import from."""
-    result = {name: value for name, value in environ.items() if not name.startswith("LOCKSTEP_")}
-    # gRPC's core writes a line for every handshake that fails, and anybody can make one fail.
-    result.setdefault("GRPC_VERBOSITY", "ERROR")
-    root = str(Path(__file__).resolve().parent.parent)
-    if root not in [*site.getsitepackages(), site.getusersitepackages()]:
-        others = result.get("PYTHONPATH")
-        result["PYTHONPATH"] = root if not others else f"{root}{os.pathsep}{others}"
-    return result
-
-
-def python_module(name: str) -> list[str]:
-    """The command that runs one of our packages."""
-    # -P: a folder called `worker` where the user happens to stand is not ours.
-    return [sys.executable, "-P", "-m", name]
-
-
-def exec_daemon(module: str, argv: Sequence[str]) -> None:
-    """Becomes that daemon (`lockstep worker ...`, `lockstep coordinator ...`). Does not return."""
-    command = [*python_module(module), *argv]
-    environ = daemon_environ(os.environ)
-    environ |= {name: value for name, value in os.environ.items() if name.startswith("LOCKSTEP_")}
-    os.execve(sys.executable, command, environ)
 
 
 def _ranks(config: ServeConfig) -> str:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import Flag, FlagError, parse_flags
+from lockstep.daemon_process import python_module
 from lockstep.errors import AddressInUse, ConfigError
 from lockstep.serve import (
     COORDINATOR_FLAGS,
     OWN_FLAGS,
     ServeConfig,
     group_spec,
-    python_module,
     report,
     run_group,
     serve_config,

@@ -16,6 +16,7 @@ from lockstep.cores import available_cores
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import Flag, FlagError, choice, parse_flags, positive_int, tcp_port
 from lockstep.daemon.security_flags import ALLOW_PLAINTEXT, GROUP_FLAGS
+from lockstep.daemon_process import daemon_environ, python_module
 from lockstep.devices import choose_devices, count_gpus
 from lockstep.errors import ConfigError, HubError
 from lockstep.hub import resolve_model
@@ -75,7 +76,7 @@ class WorkersConfig:
         more += ["--allow-plaintext", "on"] if self.allow_plaintext else []
         return {
             f"worker {index}": [
-                *serve.python_module("worker"),
+                *python_module("worker"),
                 *("--model", model_dir, "--device", device),
                 *("--host", self.host, "--port", str(self.port + index)),
                 *("--metrics-host", self.metrics_host),
@@ -97,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     except HubError as error:
         return _refuse(error, ExitCode.CHECKPOINT)
     with supervised_processes() as processes:
-        environ = serve.daemon_environ(os.environ)
+        environ = daemon_environ(os.environ)
         return keep_running(config.commands(str(model_dir)), environ, processes)
 
 

@@ -1,6 +1,5 @@
 """Settings of `lockstep serve` and the command lines that come of them."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from lockstep.daemon.exit_codes import ExitCode
 from lockstep.daemon.flags import FlagError
 from lockstep.errors import ConfigError
-from lockstep.serve import daemon_environ, group_spec, main, serve_config
+from lockstep.serve import group_spec, main, serve_config
 
 _CPU = ["--devices", "cpu"]
 
@@ -111,15 +110,6 @@ def test_refusals_are_one_line_and_their_exit_code(capsys: pytest.CaptureFixture
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "--tp" in line and "'x'" in line]
     assert [line for line in lines if "no such folder" in line]
-
-
-def test_daemons_get_no_settings_from_the_environment_and_find_this_package() -> None:
-    environ = daemon_environ({"LOCKSTEP_PORT": "1", "HOME": "/h", "PYTHONPATH": "/elsewhere"})
-    assert "LOCKSTEP_PORT" not in environ
-    assert environ["HOME"] == "/h"
-    folders = environ["PYTHONPATH"].split(os.pathsep)
-    assert folders[-1] == "/elsewhere"
-    assert (Path(folders[0]) / "lockstep" / "serve.py").is_file()
 
 
 def test_every_daemon_flag_is_known_to_serve() -> None:
