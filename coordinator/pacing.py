@@ -22,6 +22,7 @@ _IDLE_WEIGHT = 0.02  # of the newest step in the share
 _MORE, _LESS = 1.02, 0.9995  # factors a step
 _ROUNDING = 0.05  # of a step: three steps of 2.01 ms are six milliseconds
 _MIN_COMMANDS_AHEAD = 2
+_DEVIATIONS = 3.0  # mean absolute ones: 2.4 standard deviations of a normal distribution
 _TIMER_S = 0.001  # to which the event loop's timers are exact
 _MAX_STEPS_AHEAD = 16
 _MAX_GRANT = 8
@@ -35,6 +36,7 @@ class Pacing:
         self.ahead_s = _AHEAD_S
         self.decode_step_s = _AHEAD_S
         self.mixed_step_s = _AHEAD_S
+        self._deviation_s = 0.0  # of decode steps from their average, its absolute value
         self._idle_share = 0.0
         self._idle_micros: int | None = None  # rank 0's count when it last had work behind it
 
@@ -52,7 +54,9 @@ class Pacing:
         if is_mixed:
             self.mixed_step_s += _NEWEST_WEIGHT * (step_s - self.mixed_step_s)
         else:
-            self.decode_step_s += _NEWEST_WEIGHT * (step_s - self.decode_step_s)
+            error_s = step_s - self.decode_step_s
+            self.decode_step_s += _NEWEST_WEIGHT * error_s
+            self._deviation_s += _NEWEST_WEIGHT * (abs(error_s) - self._deviation_s)
 
     def _react(self, waited_micros: int, step_micros: int) -> None:
         share = waited_micros / max(waited_micros + step_micros, 1)
@@ -70,13 +74,14 @@ class Pacing:
     def too_early_s(self, outstanding: Outstanding, elapsed_s: float) -> float:
         """Seconds for which the running command is enough by itself; 0 without one.
 
-        `elapsed_s` is for how long its next step has been running. Only decode steps: how long one
-        with chunks takes is not known well enough.
+        `elapsed_s` is for how long its next step has been running, which may end earlier than the
+        average by what steps deviate from it. Only decode steps: how long one with chunks takes is
+        not known well enough.
         """
         if len(outstanding) != 1 or outstanding.num_mixed_steps:
             return 0.0
         left_s = outstanding.num_decode_steps * self.decode_step_s - elapsed_s
-        early_s = left_s - self.ahead_s
+        early_s = left_s - _DEVIATIONS * self._deviation_s - self.ahead_s
         return early_s if early_s >= _TIMER_S else 0.0
 
     def wants_more(

@@ -88,6 +88,14 @@ def test_behind_a_long_decode_step_nothing_is_sent_until_four_milliseconds_are_l
     assert early_s == pytest.approx(early_ms / 1e3, abs=1e-6)
 
 
+def test_behind_steps_of_which_the_end_is_not_known_the_next_is_sent_earlier() -> None:
+    pacing, outstanding = settled(20_000), Outstanding()
+    outstanding.add(SentCommand(1, 1, 1, [], []))
+    for micros in [17_000, 23_000] * 100:
+        pacing.observe(micros, 0, is_mixed=False)
+    assert pacing.too_early_s(outstanding, 0.0) == pytest.approx(0.016 - 3 * 0.003, abs=1e-3)
+
+
 def test_a_step_with_chunks_gets_one_behind_it_at_once() -> None:
     pacing, outstanding = settled(10_000, mixed_micros=50_000), Outstanding()
     outstanding.add(SentCommand(1, 1, 1, [], [], has_chunks=True))
