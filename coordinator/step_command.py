@@ -62,8 +62,7 @@ class DeltaBuilder:
             self.scored.append((request, start, num_scored))
 
     def grant_masked(self, request: Request, block_size: int) -> None:
-        """Lets a decoding sequence compute one more position, under the mask it has got."""
-        request.num_masked += 1
+        """Lets a decoding sequence compute the position of the mask that it has got."""
         request.limit = min(len(request.block_ids) * block_size, request.top_limit)
         self.limits.append((request.slot, request.limit))
         self.masks.append(request.take_mask())

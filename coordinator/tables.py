@@ -92,7 +92,8 @@ class RowTable:
 
     def raise_limit(self, request: Request) -> None:
         """A row has got a mask: one more position may be granted."""
-        self.limits[request.row] += 1
+        request.num_masked += 1
+        self.limits[request.row] = request.top_limit
 
     def advance(self, num_steps: int) -> None:
         """Raises the upper bounds after that many steps have been granted."""
