@@ -195,13 +195,13 @@ class StepLoop:
             self._sent(command, now)
 
     def _plan_later(self, delay_s: float) -> None:
-        """Has `run` woken after so long; 0: not at all."""
+        """Has `run` woken after so long, in whole milliseconds as uvloop counts; 0: not at all."""
         if self._planning_later is not None:
             self._planning_later.cancel()
             self._planning_later = None
         if delay_s:
             loop = asyncio.get_running_loop()
-            self._planning_later = loop.call_later(delay_s, self.wake)
+            self._planning_later = loop.call_later(int(delay_s * 1e3) / 1e3, self.wake)
 
     def _turn_log(self) -> bool:
         """Whether to grant nothing: a segment of the step log is due and begins when nothing is
