@@ -13,6 +13,7 @@ _BENCHES = {
     "multi-turn": ("bench.multi_turn", "what the prefix cache saves in conversations"),
     "overload": ("bench.overload", "ten times more than the server can take"),
     "control-plane": ("bench.control_plane", "the coordinator, with simulated workers"),
+    "first-token": ("bench.first_token", "the way of a first token, with simulated workers"),
     "streams": ("bench.frontend_streams", "what a token costs a frontend process"),
     "trace": ("bench.step_trace", "which kernels a decode step spends its time in (needs a GPU)"),
     "kernels": ("bench.bench_kernels", "every CUDA kernel against its floor (needs a GPU)"),

@@ -8,6 +8,7 @@ offline  256 requests of 100-1024 tokens in and out, temperature 0.6: output tok
 
 from __future__ import annotations
 
+import asyncio
 import random
 import statistics
 from collections.abc import Callable
@@ -100,10 +101,16 @@ async def ttft(subject: Subject, length: int, quick: bool) -> Case:
     )
 
 
-async def first_tokens(subject: Subject, length: int, num_runs: int) -> list[float]:
-    """Milliseconds to the first token of each of so many requests in turn, behind a warm-up."""
+async def first_tokens(
+    subject: Subject, length: int, num_runs: int, longest_pause_s: float = 0.0
+) -> list[float]:
+    """Milliseconds to the first token of each of so many requests in turn, behind a warm-up.
+
+    Before each is a random pause of up to `longest_pause_s` seconds.
+    """
     runs = []
     for _ in range(1 + num_runs):
+        await asyncio.sleep(subject.generator.uniform(0.0, longest_pause_s))
         (timing,) = await subject.client.run(subject.prompts(1, length, 1))
         runs.append(timing.first * 1e3)
     return runs[1:]

@@ -21,7 +21,8 @@ _CONTEXT = 8192
 _SHORT, _LONG = 20, 120
 _NUM_STREAMS = 64
 _STREAM_TOKENS = 2000
-_NUM_ARRIVALS = 10
+_NUM_ARRIVALS = 20
+_LONGEST_PAUSE_S = 0.02
 _SHORTEST, _LONGEST = 100, 1024
 
 
@@ -52,16 +53,22 @@ async def context(subject: Subject, batch_size: int, quick: bool) -> Case:
     )
 
 
-async def arrival(subject: Subject) -> list[Case]:
-    """Milliseconds to the first token of one request, alone and amid decoding streams."""
-    alone = await first_tokens(subject, PROMPT_TOKENS, _NUM_ARRIVALS)
-    streams = subject.prompts(_NUM_STREAMS, PROMPT_TOKENS, _STREAM_TOKENS)
+async def arrival(
+    subject: Subject, num_arrivals: int = _NUM_ARRIVALS, stream_tokens: int = _STREAM_TOKENS
+) -> list[Case]:
+    """Milliseconds to the first token of one request, alone and amid decoding streams.
+
+    Each comes a random pause after the last, so at any moment of a step. The streams need enough
+    tokens to last as long.
+    """
+    alone = await first_tokens(subject, PROMPT_TOKENS, num_arrivals, _LONGEST_PAUSE_S)
+    streams = subject.prompts(_NUM_STREAMS, PROMPT_TOKENS, stream_tokens)
     background = asyncio.create_task(subject.client.run(streams))
     try:
         await asyncio.sleep(2.0)  # all are past their prompts
-        amid = await first_tokens(subject, PROMPT_TOKENS, _NUM_ARRIVALS)
+        amid = await first_tokens(subject, PROMPT_TOKENS, num_arrivals, _LONGEST_PAUSE_S)
         if background.done():
-            raise RuntimeError(f"the streams ended before {_NUM_ARRIVALS} requests were answered")
+            raise RuntimeError(f"the streams ended before {num_arrivals} requests were answered")
     finally:
         background.cancel()
         await asyncio.wait([background])

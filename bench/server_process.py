@@ -17,12 +17,13 @@ _STOP_LIMIT_S = 30.0
 
 
 class ServerProcess:
-    """`lockstep serve` as a child: ready on entry, stopped on exit.
+    """`lockstep serve`, or another such `subcommand`, as a child: ready on entry, stopped on exit.
 
     Raises RuntimeError when it ends or is not ready within the limit.
     """
 
-    def __init__(self, flags: list[str], start_limit_s: float) -> None:
+    def __init__(self, flags: list[str], start_limit_s: float, subcommand: str = "serve") -> None:
+        self._subcommand = subcommand
         self._flags = flags
         self._start_limit_s = start_limit_s
         self.address = ""
@@ -33,7 +34,7 @@ class ServerProcess:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             ready = Path(folder) / "ready.json"
-            command = [sys.executable, "-m", "lockstep.cli", "serve", *self._flags]
+            command = [sys.executable, "-m", "lockstep.cli", self._subcommand, *self._flags]
             command += ["--port", "0", "--metrics-port", "0", "--ready-file", str(ready)]
             self._process = subprocess.Popen(command, stdout=sys.stderr)
             while not ready.exists():
@@ -41,7 +42,8 @@ class ServerProcess:
                 if self._process.poll() is not None or late:
                     self._stop()
                     raise RuntimeError(
-                        f"lockstep serve is not ready after {time.monotonic() - started:.0f} s"
+                        f"lockstep {self._subcommand} is not ready after"
+                        f" {time.monotonic() - started:.0f} s"
                         f" (exit code {self._process.returncode})"
                     )
                 time.sleep(0.05)
