@@ -1,6 +1,6 @@
 """A frontend process and the socket to it.
 
-Frames are a 4-byte little-endian length and a FrontendMessage or EngineMessage.
+What is sent are frames (coordinator/frames.py) of a FrontendMessage or an EngineMessage.
 """
 
 import asyncio
@@ -13,10 +13,10 @@ from typing import Protocol
 
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import FrontendLost
+from coordinator.frames import framed, take_frames
 from protos.lockstep.v1 import engine_pb2
 
-_LENGTH_BYTES = 4
-_MAX_FRAME_BYTES = 256 << 20
+_READ_BYTES = 1 << 18
 _MAX_UNSENT_BYTES = 256 << 20
 _SILENCE_MARGIN_S = 2.0
 _EXIT_TIMEOUT_S = 5.0
@@ -47,21 +47,17 @@ class FrontendLink:
         if self._writer.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
             self._writer.transport.abort()
             return
-        pieces = []
-        for message in messages:
-            payload = message.SerializeToString()
-            pieces += [len(payload).to_bytes(_LENGTH_BYTES, "little"), payload]
-        self._writer.write(b"".join(pieces))
+        self._writer.write(b"".join(framed(message.SerializeToString()) for message in messages))
 
     async def read_all(self) -> None:
         """Reads until the frontend closes its end."""
+        buffer = bytearray()
         try:
-            while True:
-                length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "little")
-                assert length <= _MAX_FRAME_BYTES, f"frontend {self.index} sent {length} bytes"
-                payload = await self._reader.readexactly(length)
-                self._take_message(self.index, engine_pb2.FrontendMessage.FromString(payload))
-        except (asyncio.IncompleteReadError, ConnectionError):
+            while received := await self._reader.read(_READ_BYTES):
+                buffer += received
+                for frame in take_frames(buffer):
+                    self._take_message(self.index, engine_pb2.FrontendMessage.FromString(frame))
+        except ConnectionError:
             return
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from coordinator.frames import framed
 from coordinator.metrics import EngineMetrics
 from coordinator.step_log_files import SegmentRing
 from protos.lockstep.v1 import step_log_pb2, worker_pb2
@@ -211,8 +212,7 @@ class StepLog:
 
 
 def _framed(record: step_log_pb2.StepLogRecord) -> bytes:
-    data = record.SerializeToString()
-    return len(data).to_bytes(4, "little") + data
+    return framed(record.SerializeToString())
 
 
 def _now_micros() -> int:

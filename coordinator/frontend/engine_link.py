@@ -1,24 +1,23 @@
 """The frontend's end of its socket to the engine: frames out, frames in, one stream per request.
 
-A frame is a 4-byte little-endian length and a protobuf message. All of this runs on one event loop;
+Frames are those of coordinator/frames.py. All of this runs on one event loop;
 no method may be called from another thread.
 """
 
 import asyncio
 import itertools
-import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from coordinator.frames import framed, take_frames
 from coordinator.frontend.errors import EngineLost
 from coordinator.frontend.pacer import Pacer
 from coordinator.frontend.prompt_pieces import prompt_logprobs
 from coordinator.frontend.stream import CallStreams, SampleStream
 from protos.lockstep.v1 import engine_pb2
 
-_LENGTH = struct.Struct("<I")
 _READ_BYTES = 1 << 18
 _ALIVE_PERIOD_S = 1.0
 # After a pause of our own process the engine's messages may be waiting unread: look once more.
@@ -179,8 +178,7 @@ class EngineLink:
 
     def _send(self, message: engine_pb2.FrontendMessage) -> None:
         if self._lost is None:
-            payload = message.SerializeToString()
-            self._writer.write(_LENGTH.pack(len(payload)) + payload)
+            self._writer.write(framed(message.SerializeToString()))
 
     async def _read_frames(self) -> None:
         buffer = bytearray()
@@ -195,21 +193,9 @@ class EngineLink:
                 raise EngineLost("the engine closed its socket: the coordinator has ended")
             self._last_heard = asyncio.get_running_loop().time()
             buffer += received
-            self._dispatch_frames(buffer)
+            for frame in take_frames(buffer):
+                self._dispatch(engine_pb2.EngineMessage.FromString(frame))
             self._pacer.settle()
-
-    def _dispatch_frames(self, buffer: bytearray) -> None:
-        """Handles the whole frames at the front of `buffer` and removes them."""
-        start = 0
-        while len(buffer) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(buffer, start)
-            end = start + _LENGTH.size + length
-            if len(buffer) < end:
-                break
-            frame = bytes(memoryview(buffer)[start + _LENGTH.size : end])
-            self._dispatch(engine_pb2.EngineMessage.FromString(frame))
-            start = end
-        del buffer[:start]
 
     async def _watch_silence(self) -> None:
         loop = asyncio.get_running_loop()

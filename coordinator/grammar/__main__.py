@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llguidance import LLTokenizer
 
+from coordinator.frames import framed
 from coordinator.frontend.generation_defaults import load_generation_defaults
 from coordinator.grammar.matchers import Matchers
 from lockstep.daemon.parent_death import die_with_parent
@@ -68,8 +69,7 @@ def _refusal(problem: str) -> _Answer:
 
 
 def _send(engine: socket.socket, reply: grammar_pb2.GrammarReply) -> None:
-    payload = reply.SerializeToString()
-    engine.sendall(len(payload).to_bytes(_LENGTH_BYTES, "little") + payload)
+    engine.sendall(framed(reply.SerializeToString()))
 
 
 if __name__ == "__main__":

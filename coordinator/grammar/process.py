@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from coordinator.frames import framed
 from protos.lockstep.v1 import grammar_pb2
 
 _LENGTH_BYTES = 4
@@ -52,8 +53,7 @@ class GrammarProcess:
             self._unanswered.append(key)
             if len(self._unanswered) == 1:
                 self._rearm(self._answer_limit_s)
-        payload = request.SerializeToString()
-        frame = len(payload).to_bytes(_LENGTH_BYTES, "little") + payload
+        frame = framed(request.SerializeToString())
         if self._writer is None:
             self._unsent.append(frame)
         elif not self._writer.is_closing():
