@@ -271,11 +271,12 @@ class RequestBook:
             self.finish(request, generate_pb2.FINISH_REASON_LENGTH)
 
     def _end_late(self, request: Request) -> None:
-        self.fail(
-            request,
-            grpc.StatusCode.DEADLINE_EXCEEDED,
-            f"the deadline passed after {len(request.output_ids)} output tokens",
-        )
+        """Counts as it does where the frontend is the first to see it: nothing has failed here."""
+        message = f"the deadline passed after {len(request.output_ids)} output tokens"
+        name = request.request_id
+        _LOG.info("request %s: %s", name, message, extra={"request_id": name})
+        late = _error(request.handle, grpc.StatusCode.DEADLINE_EXCEEDED, message, 0.0)
+        self._end_well(request, late, "deadline")
 
     def _end_well(self, request: Request, ended: engine_pb2.Ended, reason: str) -> None:
         now = self._clock()
