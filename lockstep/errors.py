@@ -3,7 +3,8 @@
 LockstepError
 ├── DemoModelError, HubError, ConfigError
 └── CallFailed              a call ended with a status; these have a class of their own:
-    ├── InvalidRequest      INVALID_ARGUMENT: a field, named, has a value outside its limit
+    ├── InvalidRequest      INVALID_ARGUMENT: a field, named, has a value outside its limit;
+    │                       RESOURCE_EXHAUSTED: the request is larger than a message may be
     ├── AccessDenied        UNAUTHENTICATED, PERMISSION_DENIED: the key or certificate
     ├── Overloaded          RESOURCE_EXHAUSTED: try again after `retry_delay_s`
     ├── Unavailable         UNAVAILABLE: no server, not ready, or a rank was lost

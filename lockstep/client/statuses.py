@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from lockstep.errors import (
@@ -28,6 +27,15 @@ _KINDS: dict[str, type[CallFailed]] = {
 }
 # How gRPC's own words begin when nobody is there; a server's own may quote them further on.
 _NO_CONNECTION = ("failed to connect", "DNS resolution failed", "errors resolving")
+_IS_IT_RUNNING = "is `lockstep serve` running there?"
+_HINTS = {
+    "WRONG_VERSION_NUMBER": "what listens there speaks no TLS",
+    "SETTINGS frame": "what listens there is no gRPC server, or wants TLS",
+    "Failed to parse port": "want HOST:PORT",
+}
+_STREAM_BROKE = "Stream removed"
+_LATE = ("Deadline Exceeded", "Deadline Exceeded)")
+_TOO_LARGE = "message larger than max"
 # gRFC A6: milliseconds after which to try again; anything but a number from 0 up means never.
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 # A google.rpc.Status with details.
@@ -36,14 +44,26 @@ _DETAILS_KEY = "grpc-status-details-bin"
 
 def call_failed(error: Any) -> CallFailed:
     """What to raise for a grpc.RpcError of either stack."""
-    details = error.details() or "no details"
-    if error.code() is grpc.StatusCode.UNAVAILABLE and details.startswith(_NO_CONNECTION):
-        details = f"no server answers ({details}); is `lockstep serve` running there?"
+    code, details = error.code().name, error.details() or "no details"
+    if _TOO_LARGE in details:
+        return InvalidRequest(code, details)
     metadata = dict(error.trailing_metadata() or ())
     status = status_pb2.Status.FromString(metadata.get(_DETAILS_KEY, b""))
     return failure(
-        error.code().name, details, _retry_delay_s(metadata, status), _field_at_fault(status)
+        code, _explained(code, details), _retry_delay_s(metadata, status), _field_at_fault(status)
     )
+
+
+def _explained(code: str, details: str) -> str:
+    """gRPC's own words with what they mean here; a server's words as they are."""
+    if code == "UNAVAILABLE" and details.startswith(_NO_CONNECTION):
+        hints = (hint for words, hint in _HINTS.items() if words in details)
+        return f"no server answers ({details}); {next(hints, _IS_IT_RUNNING)}"
+    if code == "UNAVAILABLE" and details.startswith(_STREAM_BROKE):
+        return f"the connection to the server broke ({details})"
+    if code == "DEADLINE_EXCEEDED" and details.endswith(_LATE):
+        return f"the call's time limit has passed, timeout_s or --timeout ({details})"
+    return details
 
 
 def failure(

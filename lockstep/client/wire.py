@@ -1,6 +1,7 @@
 """Between the client's dataclasses and the messages of protos.lockstep.v1.generate_pb2."""
 
 import dataclasses
+import reprlib
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -34,7 +35,7 @@ def request_message(request: GenerateRequest) -> generate_pb2.GenerateRequest:
     message = generate_pb2.GenerateRequest()
     match request.prompt:
         case str(text):
-            _set(message, "text", text)
+            _set(message, "text", text, "prompt")
         case Chat(messages):
             message.chat.SetInParent()
             for turn in messages:
@@ -43,7 +44,7 @@ def request_message(request: GenerateRequest) -> generate_pb2.GenerateRequest:
                 _set(added, "content", turn.content)
         case token_ids:
             message.token_ids.SetInParent()
-            _set(message.token_ids, "ids", token_ids)
+            _set(message.token_ids, "ids", token_ids, "prompt")
     message.sampling_params.CopyFrom(_sampling_message(request.sampling))
     for name in ("request_id", "model", "resume_output_ids", "priority", "tenant"):
         _set(message, name, getattr(request, name))
@@ -65,7 +66,8 @@ def _sampling_message(params: SamplingParams) -> generate_pb2.SamplingParams:
     return message
 
 
-def _set(message: Any, name: str, value: object) -> None:
+def _set(message: Any, name: str, value: object, shown_as: str = "") -> None:
+    """Errors call the field `shown_as`, where that is not its name."""
     try:
         if isinstance(value, Mapping):
             getattr(message, name).update(value)
@@ -74,7 +76,9 @@ def _set(message: Any, name: str, value: object) -> None:
         else:
             getattr(message, name).extend(value)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name} is {value!r}: {error}") from error
+        # Not the error's own class: a UnicodeEncodeError is not made of words.
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{shown_as or name} is {reprlib.repr(value)}: {error}") from error
 
 
 def started_of(message: generate_pb2.Started) -> Started:

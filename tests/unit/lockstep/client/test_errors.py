@@ -46,14 +46,19 @@ def test_a_code_has_its_class_and_all_are_lockstep_errors(
 class _RpcError(grpc.RpcError):
     """As both stacks of gRPC raise it."""
 
-    def __init__(self, *metadata: tuple[str, str | bytes]) -> None:
-        self._metadata = metadata
+    def __init__(
+        self,
+        *metadata: tuple[str, str | bytes],
+        code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT,
+        details: str = "no",
+    ) -> None:
+        self._metadata, self._code, self._details = metadata, code, details
 
     def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.INVALID_ARGUMENT
+        return self._code
 
     def details(self) -> str:
-        return "no"
+        return self._details
 
     def trailing_metadata(self) -> Any:
         return self._metadata or None
@@ -87,3 +92,40 @@ def test_the_delay_is_the_pushback_or_else_that_of_the_details() -> None:
     assert call_failed(_RpcError(("grpc-retry-pushback-ms", "40"), details)).retry_delay_s == 0.04
     never = _RpcError(("grpc-retry-pushback-ms", "-1"), details)
     assert call_failed(never).retry_delay_s == math.inf
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "kind", "words"),
+    [
+        ("UNAVAILABLE", "failed to connect to all", Unavailable, "is `lockstep serve` running"),
+        ("UNAVAILABLE", "failed to connect: WRONG_VERSION_NUMBER", Unavailable, "speaks no TLS"),
+        ("UNAVAILABLE", "failed to connect: SETTINGS frame", Unavailable, "no gRPC server"),
+        ("UNAVAILABLE", "errors resolving: Failed to parse port", Unavailable, "want HOST:PORT"),
+        ("UNAVAILABLE", "Stream removed (Socket closed)", Unavailable, "connection to the server"),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded, "timeout_s or --timeout"),
+        (
+            "DEADLINE_EXCEEDED",
+            "Stream removed (Deadline Exceeded)",
+            DeadlineExceeded,
+            "timeout_s or --timeout",
+        ),
+        (
+            "RESOURCE_EXHAUSTED",
+            "SERVER: Received message larger than max (2 vs. 1)",
+            InvalidRequest,
+            "larger than max",
+        ),
+    ],
+)
+def test_grpcs_own_words_are_explained(
+    code: str, details: str, kind: type[CallFailed], words: str
+) -> None:
+    error = call_failed(_RpcError(code=grpc.StatusCode[code], details=details))
+    assert type(error) is kind and error.code == code
+    assert words in error.message and details in error.message
+
+
+def test_a_servers_words_are_left_as_they_are() -> None:
+    details = "the deadline passed after 3 output tokens"
+    error = call_failed(_RpcError(code=grpc.StatusCode.DEADLINE_EXCEEDED, details=details))
+    assert error.message == details

@@ -119,6 +119,22 @@ def test_a_value_that_the_message_cannot_hold_is_refused_by_name(
         _message(**params)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "kind", "words"),
+    [
+        (None, TypeError, "prompt is None"),
+        ("\ud800", ValueError, "prompt is .*surrogates not allowed"),
+        ([1, "x"], TypeError, r"prompt is \[1, 'x'\]"),
+        ([2**70], ValueError, "prompt is "),
+    ],
+)
+def test_a_prompt_that_the_message_cannot_hold_is_refused_as_the_prompt(
+    prompt: Any, kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        request_message(GenerateRequest(prompt))
+
+
 def test_each_kind_of_prompt_sets_its_own_field() -> None:
     assert request_message(GenerateRequest("")).WhichOneof("prompt") == "text"
     assert list(request_message(GenerateRequest([1, 2])).token_ids.ids) == [1, 2]
