@@ -83,7 +83,10 @@ def sampling_params(options: argparse.Namespace) -> dict[str, Any]:
 
 def _bias(text: str) -> tuple[int, float]:
     token_id, _, value = text.partition("=")
-    return int(token_id), float(value)
+    try:
+        return int(token_id), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a bias like 42=-1.5") from None
 
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:

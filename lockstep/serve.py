@@ -172,11 +172,15 @@ def run_group(
 ) -> int:
     """Supervises `group` until it ends; returns the exit code. `started` is CLOCK_MONOTONIC."""
 
+    is_restart = False
+
     def announce(record: ReadyRecord) -> None:
-        seconds = time.monotonic() - started
+        nonlocal is_restart
+        when = "again" if is_restart else f"after {time.monotonic() - started:.1f} s"
+        is_restart = True
         http = f", http://{config.http}/v1" if config.http else ""
         where = f"{record.grpc}{http}"
-        report(f"ready: {config.model} at {where}, {_ranks(config)}, after {seconds:.1f} s")
+        report(f"ready: {config.model} at {where}, {_ranks(config)}, {when}")
         if config.ready_file is not None:
             write_ready_file(
                 config.ready_file,

@@ -33,7 +33,7 @@ from worker.service import WorkerService
 
 _LOG = logging.getLogger(__name__)
 _MAX_MESSAGE_BYTES = 256 << 20
-_OTHER_PORT = "stop what runs there, or choose another port (0: any)"
+_OTHER_PORT = "stop what runs there, or choose another --{} (0: any)"
 
 
 class DaemonConfig(GroupSettings, Protocol):
@@ -64,7 +64,8 @@ def run_daemon(config: DaemonConfig, rank: Rank, digest: str, notifier: Notifier
         metrics = WorkerMetrics(config.model.name, config.metrics_host, config.metrics_port)
     except OSError as error:
         address = f"{config.metrics_host}:{config.metrics_port}"
-        problem = f"cannot serve metrics on {address}: {error.strerror}; {_OTHER_PORT}"
+        other = _OTHER_PORT.format("metrics-port")
+        problem = f"cannot serve metrics on {address}: {error.strerror}; {other}"
         return stop(ExitCode.ADDRESS, problem)
     with metrics, notifier:
         uvloop.install()
@@ -113,16 +114,16 @@ async def _serve(
         loop.add_signal_handler(number, shut_down, signal.Signals(number).name)
     service = WorkerService(rank, digest, metrics, shut_down)
     server = await _server(service, access.secret)
-    address = f"{config.host}:{config.port}"
+    address, other = f"{config.host}:{config.port}", _OTHER_PORT.format("port")
     if problem := bind_problem(config.host, config.port):
-        return stop(ExitCode.ADDRESS, f"cannot serve on {address}: {problem}; {_OTHER_PORT}")
+        return stop(ExitCode.ADDRESS, f"cannot serve on {address}: {problem}; {other}")
     try:
         if access.tls is None:
             port = server.add_insecure_port(address)
         else:
             port = server.add_secure_port(address, server_credentials(access.tls))
     except RuntimeError as error:
-        return stop(ExitCode.ADDRESS, f"cannot serve on {address}: {error}; {_OTHER_PORT}")
+        return stop(ExitCode.ADDRESS, f"cannot serve on {address}: {error}; {other}")
     await server.start()
     gc.freeze()
     where = (rank.device_identity()[0], config.host, port, metrics.port)

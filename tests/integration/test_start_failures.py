@@ -123,7 +123,7 @@ def test_port_of_a_worker_in_use(tiny_dir: Path, flag: str) -> None:
         )
     assert worker.returncode == ExitCode.ADDRESS
     assert worker.stderr.count("\n") == 1, worker.stderr
-    the_line(worker.stderr, port, "in use", "choose another port")
+    the_line(worker.stderr, port, "in use", f"choose another {flag} ")
 
 
 def test_more_ranks_than_query_heads(tmp_path: Path) -> None:
