@@ -110,7 +110,8 @@ async def first_tokens(
     """
     runs = []
     for _ in range(1 + num_runs):
-        await asyncio.sleep(subject.generator.uniform(0.0, longest_pause_s))
+        if longest_pause_s:
+            await asyncio.sleep(subject.generator.uniform(0.0, longest_pause_s))
         (timing,) = await subject.client.run(subject.prompts(1, length, 1))
         runs.append(timing.first * 1e3)
     return runs[1:]

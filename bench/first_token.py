@@ -15,7 +15,7 @@ from pathlib import Path
 
 import uvloop
 
-from bench.cases import Subject
+from bench.cases import PROMPT_TOKENS, Subject
 from bench.cli import add_record_flags, comma_separated, record_folder, say
 from bench.load_cases import arrival
 from bench.record import Case, Record, command_line, hardware, report, settings, versions
@@ -23,7 +23,7 @@ from bench.requests import Client
 from bench.server_process import ServerProcess
 
 _START_LIMIT_S = 120.0
-_STREAMS_LAST_S = 7.0
+_STREAM_S_AN_ARRIVAL = 0.05
 
 
 def main(argv: list[str]) -> int:
@@ -69,7 +69,11 @@ async def _measure(address: str, step_ms: float, options: argparse.Namespace) ->
         say=say,
     )
     try:
-        cases = await arrival(subject, options.arrivals, int(_STREAMS_LAST_S / step_ms * 1e3))
+        stream_tokens = min(
+            int(_STREAM_S_AN_ARRIVAL * (options.arrivals + 40) / step_ms * 1e3),
+            config["max_position_embeddings"] - PROMPT_TOKENS,
+        )
+        cases = await arrival(subject, options.arrivals, stream_tokens)
     finally:
         await client.close()
     return [replace(case, case=f"step{step_ms:g}ms-{case.case}") for case in cases]
@@ -82,11 +86,20 @@ def _flags(step_ms: float, options: argparse.Namespace) -> list[str]:
     ]
 
 
+def _at_least_one(text: str) -> float:
+    if (number := float(text)) < 1.0:
+        raise ValueError(text)
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lockstep bench first-token", allow_abbrev=False)
     parser.add_argument("--model", type=Path, required=True, help="folder of a tokenizer")
     parser.add_argument(
-        "--step-ms", type=comma_separated(float), default=[1.0, 5.0, 10.0], help="milliseconds"
+        "--step-ms",
+        type=comma_separated(_at_least_one),
+        default=[1.0, 5.0, 10.0],
+        help="milliseconds, 1 or more",
     )
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--arrivals", type=int, default=100, help="requests of each case")

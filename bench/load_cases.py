@@ -68,6 +68,7 @@ async def arrival(
         await asyncio.sleep(2.0)  # all are past their prompts
         amid = await first_tokens(subject, PROMPT_TOKENS, num_arrivals, _LONGEST_PAUSE_S)
         if background.done():
+            background.result()  # refused, perhaps: that says more
             raise RuntimeError(f"the streams ended before {num_arrivals} requests were answered")
     finally:
         background.cancel()

@@ -71,7 +71,9 @@ class Pacing:
         num_steps = int(grant_s / self.decode_step_s + _ROUNDING)
         return min(max(1, num_steps), _MAX_GRANT)
 
-    def too_early_s(self, outstanding: Outstanding, elapsed_s: float) -> float:
+    def too_early_s(
+        self, outstanding: Outstanding, elapsed_s: float, has_constrained: bool = False
+    ) -> float:
         """Seconds for which the running command is enough by itself; 0 without one.
 
         `elapsed_s` is for how long its next step has been running, which may end earlier than the
@@ -81,17 +83,20 @@ class Pacing:
         if len(outstanding) != 1 or outstanding.num_mixed_steps:
             return 0.0
         left_s = outstanding.num_decode_steps * self.decode_step_s - elapsed_s
-        early_s = left_s - _DEVIATIONS * self._deviation_s - self.ahead_s
+        early_s = left_s - _DEVIATIONS * self._deviation_s - self._ahead_s(has_constrained)
         return early_s if early_s >= _TIMER_S else 0.0
 
     def wants_more(
         self, outstanding: Outstanding, num_steps: int, has_constrained: bool = False
     ) -> bool:
         """A command of `num_steps` decode steps is to be sent now."""
-        ahead_s = min(self.ahead_s, _MAX_AHEAD_OF_MASKS_S) if has_constrained else self.ahead_s
         num_decode, num_mixed = outstanding.num_decode_steps, outstanding.num_mixed_steps
         if len(outstanding) < _MIN_COMMANDS_AHEAD:
             return True
         planned_s = (num_decode + num_steps - _ROUNDING) * self.decode_step_s
         planned_s += num_mixed * self.mixed_step_s
-        return planned_s <= ahead_s and num_decode + num_mixed + num_steps <= _MAX_STEPS_AHEAD
+        is_within = planned_s <= self._ahead_s(has_constrained)
+        return is_within and num_decode + num_mixed + num_steps <= _MAX_STEPS_AHEAD
+
+    def _ahead_s(self, has_constrained: bool) -> float:
+        return min(self.ahead_s, _MAX_AHEAD_OF_MASKS_S) if has_constrained else self.ahead_s

@@ -176,11 +176,10 @@ class StepLoop:
         self._plan_later(0.0)
         is_log_due = self._turn_log()
         max_steps = self._pacing.steps_per_grant
-        while not is_log_due and self._pacing.wants_more(
-            batch.outstanding, max_steps, batch.slots.num_constrained > 0
-        ):
+        has_masks = batch.slots.num_constrained > 0
+        while not is_log_due and self._pacing.wants_more(batch.outstanding, max_steps, has_masks):
             elapsed_s = time.monotonic() - self._running_since
-            if early_s := self._pacing.too_early_s(batch.outstanding, elapsed_s):
+            if early_s := self._pacing.too_early_s(batch.outstanding, elapsed_s, has_masks):
                 self._plan_later(early_s)
                 break
             if batch.queue.num_preempted:  # who begins again, begins with all its tokens

@@ -45,7 +45,7 @@ _DETAILS_KEY = "grpc-status-details-bin"
 def call_failed(error: Any) -> CallFailed:
     """What to raise for a grpc.RpcError of either stack."""
     code, details = error.code().name, error.details() or "no details"
-    if _TOO_LARGE in details:
+    if code == "RESOURCE_EXHAUSTED" and _TOO_LARGE in details:
         return InvalidRequest(code, details)
     metadata = dict(error.trailing_metadata() or ())
     status = status_pb2.Status.FromString(metadata.get(_DETAILS_KEY, b""))

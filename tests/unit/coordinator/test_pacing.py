@@ -111,6 +111,14 @@ def test_ranks_that_run_dry_get_the_next_long_step_earlier() -> None:
     assert pacing.too_early_s(outstanding, 0.0) == 0.0
 
 
+def test_beside_a_constrained_row_no_long_step_has_more_than_12_milliseconds_behind_it() -> None:
+    pacing, outstanding = settled(30_000), Outstanding()
+    outstanding.add(SentCommand(1, 1, 1, [], []))
+    pacing.ahead_s = 0.024
+    assert pacing.too_early_s(outstanding, 0.0) == pytest.approx(0.006)
+    assert pacing.too_early_s(outstanding, 0.0, has_constrained=True) == pytest.approx(0.018)
+
+
 def test_a_long_step_with_chunks_counts_with_its_own_time() -> None:
     pacing = settled(600, mixed_micros=30_000)
     outstanding = Outstanding()

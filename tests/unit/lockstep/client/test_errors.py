@@ -125,6 +125,13 @@ def test_grpcs_own_words_are_explained(
     assert words in error.message and details in error.message
 
 
+def test_a_lost_rank_whose_message_was_too_large_is_no_invalid_request() -> None:
+    details = "restarting after: RESOURCE_EXHAUSTED: message larger than max (2 vs. 1)"
+    metadata = ("grpc-retry-pushback-ms", "500")
+    error = call_failed(_RpcError(metadata, code=grpc.StatusCode.UNAVAILABLE, details=details))
+    assert type(error) is Unavailable and error.retry_delay_s == 0.5
+
+
 def test_a_servers_words_are_left_as_they_are() -> None:
     details = "the deadline passed after 3 output tokens"
     error = call_failed(_RpcError(code=grpc.StatusCode.DEADLINE_EXCEEDED, details=details))
