@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.daemon_process import daemon_environ
+from lockstep.daemon_process import daemon_environ, python_module
 
 _STOP_LIMIT_S = 15.0
 _SCRAPE_LIMIT_S = 10.0
@@ -38,7 +38,7 @@ class Daemon:
     ) -> None:
         self._module = module
         self._ready_file = ready_file
-        command = [sys.executable, "-m", module, *flags, "--ready-file", str(ready_file)]
+        command = [*python_module(module), *flags, "--ready-file", str(ready_file)]
         environ = daemon_environ(os.environ)
         self._process = subprocess.Popen(command, stdout=sys.stderr, env=environ)
         if cores:
