@@ -24,7 +24,7 @@ from typing import Any
 from bench.cli import add_record_flags, comma_separated, record_folder, say
 from bench.daemons import children, cpu_seconds, scrape, start_group, total
 from bench.histogram import LogHistogram
-from bench.record import Case, Record, command_line, hardware, report, settings, versions
+from bench.record import Case, Record, command_line, report, settings
 
 _START_LIMIT_S = 120.0
 _CLIENT_MARGIN_S = 60.0
@@ -86,9 +86,6 @@ def main(argv: list[str]) -> int:
         bench="control-plane",
         command=command_line("lockstep", "bench", "control-plane", *argv),
         server_command="python -m coordinator and python -m worker.simulated, one a rank",
-        hardware=hardware(),
-        versions=versions({}),
-        anchor={},
         config=settings(options),
         cases=cases,
     )

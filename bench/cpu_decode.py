@@ -22,10 +22,8 @@ from bench.record import (
     Case,
     Record,
     command_line,
-    hardware,
     report,
     settings,
-    versions,
 )
 from bench.requests import Client, Request, random_prompt
 from bench.server_process import ServerProcess
@@ -55,9 +53,6 @@ def main(argv: list[str]) -> int:
         bench="cpu",
         command=command_line("lockstep", "bench", "cpu", *argv),
         server_command=command_line("lockstep", "serve", *_flags(options, 1, options.threads)),
-        hardware=hardware(),
-        versions=versions({}),
-        anchor={},
         config=settings(options),
         cases=measured,
     )

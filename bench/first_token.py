@@ -18,9 +18,10 @@ import uvloop
 from bench.cases import PROMPT_TOKENS, Subject
 from bench.cli import add_record_flags, comma_separated, record_folder, say
 from bench.load_cases import arrival
-from bench.record import Case, Record, command_line, hardware, report, settings, versions
+from bench.record import Case, Record, command_line, report, settings
 from bench.requests import Client
 from bench.server_process import ServerProcess
+from lockstep.daemon.flags import float_between
 
 _START_LIMIT_S = 120.0
 _STREAM_S_AN_ARRIVAL = 0.05
@@ -34,9 +35,6 @@ def main(argv: list[str]) -> int:
         bench="first-token",
         command=command_line("lockstep", "bench", "first-token", *argv),
         server_command=command_line("lockstep", "simulate", *_flags(options.step_ms[0], options)),
-        hardware=hardware(),
-        versions=versions({}),
-        anchor={},
         config=settings(options),
         cases=measured,
     )
@@ -86,18 +84,12 @@ def _flags(step_ms: float, options: argparse.Namespace) -> list[str]:
     ]
 
 
-def _at_least_one(text: str) -> float:
-    if (number := float(text)) < 1.0:
-        raise ValueError(text)
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lockstep bench first-token", allow_abbrev=False)
     parser.add_argument("--model", type=Path, required=True, help="folder of a tokenizer")
     parser.add_argument(
         "--step-ms",
-        type=comma_separated(_at_least_one),
+        type=comma_separated(float_between(1.0, 60_000.0)),
         default=[1.0, 5.0, 10.0],
         help="milliseconds, 1 or more",
     )

@@ -23,10 +23,8 @@ from bench.record import (
     Case,
     Record,
     command_line,
-    hardware,
     report,
     settings,
-    versions,
 )
 from bench.stream_engine import StreamEngine
 
@@ -132,9 +130,6 @@ def main(argv: list[str]) -> int:
         bench="frontend_streams",
         command=command_line("lockstep", "bench", "streams", *argv),
         server_command=command_line("python", "-m", "coordinator.frontend"),
-        hardware=hardware(),
-        versions=versions({}),
-        anchor={},
         config=settings(options),
         cases=cases,
     )

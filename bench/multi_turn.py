@@ -19,7 +19,7 @@ import grpc
 import uvloop
 
 from bench.cli import add_record_flags, record_folder, say
-from bench.record import Case, Record, command_line, hardware, report, settings, versions
+from bench.record import Case, Record, command_line, report, settings
 from bench.requests import random_prompt
 from bench.server_process import ServerProcess
 from protos.lockstep.v1 import generate_pb2, generate_pb2_grpc
@@ -135,9 +135,6 @@ def main(argv: list[str]) -> int:
         bench="multi-turn",
         command=command_line("lockstep", "bench", "multi-turn", *argv),
         server_command=command_line("lockstep", "serve", *flags, "--prefix-cache", "on|off"),
-        hardware=hardware(),
-        versions=versions({}),
-        anchor={},
         config=settings(options, identical_outputs=is_same),
         cases=_cases(options, outcomes),
     )

@@ -25,7 +25,7 @@ from bench.cli import add_record_flags, record_folder, say
 from bench.daemons import children, resident_bytes, scrape, start_group, total
 from bench.histogram import p99
 from bench.open_loop import Arrivals, OpenLoop, Outcomes
-from bench.record import Case, Record, command_line, hardware, report, settings, versions
+from bench.record import Case, Record, command_line, report, settings
 
 _START_LIMIT_S = 300.0
 _IDLE_LIMIT_S = 30.0
@@ -58,9 +58,6 @@ def main(argv: list[str]) -> int:
         bench="overload",
         command=command_line("lockstep", "bench", "overload", *argv),
         server_command=command_line("python", "-m", "coordinator", *coordinator_flags),
-        hardware=hardware(),
-        versions=versions({}),
-        anchor={},
         config=settings(options, problems=problems),
         cases=[_case(options, *figure) for figure in figures],
     )

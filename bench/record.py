@@ -40,16 +40,19 @@ class Case:
     floor: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
-    """One run of a benchmark, as kept in bench/results."""
+    """One run of a benchmark, as kept in bench/results.
+
+    Hardware and versions are those of this process unless more is known of them, which takes a GPU.
+    """
 
     bench: str
     command: str
     server_command: str
-    hardware: dict[str, Any]
-    versions: dict[str, Any]
-    anchor: dict[str, Any]
+    hardware: dict[str, Any] = field(default_factory=lambda: hardware())
+    versions: dict[str, Any] = field(default_factory=lambda: versions({}))
+    anchor: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any]
     cases: list[Case]
     schema: int = 1
