@@ -218,13 +218,7 @@ class RequestBook:
         field: str = "",
     ) -> None:
         """Ends a request in an error; `field` is what is at fault in a bad one."""
-        _LOG.info(
-            "request %s failed: %s: %s",
-            request.request_id,
-            status.name,
-            message,
-            extra={"request_id": request.request_id, "epoch": self._epoch_number},
-        )
+        self._log_end(request, f"failed: {status.name}: {message}")
         self.metrics.requests_failed[status.name.lower()] += 1
         ended = _error(request.handle, status, message, retry_after_s, field)
         self._end(request, ended, self._clock())
@@ -273,10 +267,13 @@ class RequestBook:
     def _end_late(self, request: Request) -> None:
         """Counts as it does where the frontend is the first to see it: nothing has failed here."""
         message = f"the deadline passed after {len(request.output_ids)} output tokens"
-        name = request.request_id
-        _LOG.info("request %s: %s", name, message, extra={"request_id": name})
+        self._log_end(request, f"ended: {message}")
         late = _error(request.handle, grpc.StatusCode.DEADLINE_EXCEEDED, message, 0.0)
         self._end_well(request, late, "deadline")
+
+    def _log_end(self, request: Request, words: str) -> None:
+        fields = {"request_id": request.request_id, "epoch": self._epoch_number}
+        _LOG.info("request %s %s", request.request_id, words, extra=fields)
 
     def _end_well(self, request: Request, ended: engine_pb2.Ended, reason: str) -> None:
         now = self._clock()
