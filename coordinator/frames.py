@@ -2,12 +2,15 @@
 
 import struct
 
+from google.protobuf.message import Message
+
 MAX_FRAME_BYTES = 256 << 20
 _LENGTH = struct.Struct("<I")
 
 
-def framed(payload: bytes) -> bytes:
-    """A serialised message as it is sent."""
+def framed(message: Message) -> bytes:
+    """A message as it is sent."""
+    payload = message.SerializeToString()
     return _LENGTH.pack(len(payload)) + payload
 
 

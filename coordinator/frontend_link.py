@@ -47,7 +47,7 @@ class FrontendLink:
         if self._writer.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
             self._writer.transport.abort()
             return
-        self._writer.write(b"".join(framed(message.SerializeToString()) for message in messages))
+        self._writer.write(b"".join(framed(message) for message in messages))
 
     async def read_all(self) -> None:
         """Reads until the frontend closes its end."""

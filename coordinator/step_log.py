@@ -95,8 +95,8 @@ class StepLog:
             return
         self._header.unix_micros = time.time_ns() // 1000
         self._header.monotonic_micros = _now_micros()
-        head = _framed(step_log_pb2.StepLogRecord(header=self._header))
-        head += _framed(step_log_pb2.StepLogRecord(snapshot=snapshot))
+        head = framed(step_log_pb2.StepLogRecord(header=self._header))
+        head += framed(step_log_pb2.StepLogRecord(snapshot=snapshot))
         if len(head) > self._segment_bytes // 2:
             self._fail(
                 f"a snapshot of {len(head)} bytes does not leave half of a segment of "
@@ -126,7 +126,7 @@ class StepLog:
             return
         self._mark_gap()
         end = step_log_pb2.StepLogEnd(cause=cause[:_LONGEST_CAUSE], monotonic_micros=_now_micros())
-        self._put(_framed(step_log_pb2.StepLogRecord(end=end)))
+        self._put(framed(step_log_pb2.StepLogRecord(end=end)))
         self._header = None
 
     def close(self) -> None:
@@ -154,10 +154,10 @@ class StepLog:
         if self._header is None:
             return False
         if not self._has_failed and not self._num_missing:
-            framed = _framed(record)
-            has_room = self._num_bytes + len(framed) <= self._segment_bytes - _END_ROOM
-            if has_room and self._num_pending_bytes + len(framed) <= _MAX_PENDING_BYTES:
-                self._put(framed)
+            packed = framed(record)
+            has_room = self._num_bytes + len(packed) <= self._segment_bytes - _END_ROOM
+            if has_room and self._num_pending_bytes + len(packed) <= _MAX_PENDING_BYTES:
+                self._put(packed)
                 return True
         self._num_missing += 1
         with self._lock:
@@ -169,7 +169,7 @@ class StepLog:
             gap = step_log_pb2.StepLogGap(
                 dropped_count=self._num_missing, command_id=self._last_command_id
             )
-            self._put(_framed(step_log_pb2.StepLogRecord(gap=gap)))
+            self._put(framed(step_log_pb2.StepLogRecord(gap=gap)))
             self._num_missing = 0
 
     def _put(self, *items: bytes | None) -> None:
@@ -209,10 +209,6 @@ class StepLog:
             self._metrics.step_log_up = False
             self._metrics.step_log_dropped += num_lost
         _LOG.error("the step log stops here, serving goes on: %s", problem)
-
-
-def _framed(record: step_log_pb2.StepLogRecord) -> bytes:
-    return framed(record.SerializeToString())
 
 
 def _now_micros() -> int:

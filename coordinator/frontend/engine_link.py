@@ -1,7 +1,7 @@
 """The frontend's end of its socket to the engine: frames out, frames in, one stream per request.
 
-Frames are those of coordinator/frames.py. All of this runs on one event loop;
-no method may be called from another thread.
+Frames are those of coordinator/frames.py. All of this runs on one event loop; no method may be
+called from another thread.
 """
 
 import asyncio
@@ -178,7 +178,7 @@ class EngineLink:
 
     def _send(self, message: engine_pb2.FrontendMessage) -> None:
         if self._lost is None:
-            self._writer.write(framed(message.SerializeToString()))
+            self._writer.write(framed(message))
 
     async def _read_frames(self) -> None:
         buffer = bytearray()

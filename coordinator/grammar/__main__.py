@@ -69,7 +69,7 @@ def _refusal(problem: str) -> _Answer:
 
 
 def _send(engine: socket.socket, reply: grammar_pb2.GrammarReply) -> None:
-    engine.sendall(framed(reply.SerializeToString()))
+    engine.sendall(framed(reply))
 
 
 if __name__ == "__main__":

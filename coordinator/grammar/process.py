@@ -8,10 +8,10 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from coordinator.frames import framed
+from coordinator.frames import framed, take_frames
 from protos.lockstep.v1 import grammar_pb2
 
-_LENGTH_BYTES = 4
+_READ_BYTES = 1 << 18
 _HELLO = 0
 
 
@@ -53,7 +53,7 @@ class GrammarProcess:
             self._unanswered.append(key)
             if len(self._unanswered) == 1:
                 self._rearm(self._answer_limit_s)
-        frame = framed(request.SerializeToString())
+        frame = framed(request)
         if self._writer is None:
             self._unsent.append(frame)
         elif not self._writer.is_closing():
@@ -76,7 +76,7 @@ class GrammarProcess:
         except TimeoutError:
             limit_s = self._answer_limit_s if self.is_up else self._start_limit_s
             problem = f"did not answer within {limit_s:g} s"
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except ConnectionError:
             pass
         except OSError as error:
             problem = f"could not be started: {error}"
@@ -92,16 +92,21 @@ class GrammarProcess:
         self._take_loss(self, key, problem)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        while True:
-            length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "little")
-            reply = grammar_pb2.GrammarReply.FromString(await reader.readexactly(length))
-            key = self._unanswered.popleft()
-            assert key == reply.key, f"an answer for {reply.key}, awaited {key}"
-            self._rearm(self._answer_limit_s if self._unanswered else None)
-            if key == _HELLO:
-                self.is_up = True
-            else:
-                self._take_reply(reply)
+        """Until its end is closed."""
+        buffer = bytearray()
+        while received := await reader.read(_READ_BYTES):
+            buffer += received
+            for frame in take_frames(buffer):
+                self._take(grammar_pb2.GrammarReply.FromString(frame))
+
+    def _take(self, reply: grammar_pb2.GrammarReply) -> None:
+        key = self._unanswered.popleft()
+        assert key == reply.key, f"an answer for {reply.key}, awaited {key}"
+        self._rearm(self._answer_limit_s if self._unanswered else None)
+        if key == _HELLO:
+            self.is_up = True
+        else:
+            self._take_reply(reply)
 
     def _rearm(self, limit_s: float | None) -> None:
         if self._limit is not None:
